@@ -1,0 +1,1 @@
+"""Durable workflows for teams that already run Celery and PostgreSQL."""

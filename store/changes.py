@@ -1,0 +1,196 @@
+"""What is written together: plain values that ``postgresql.py`` and ``sqlite.py`` turn into statements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from celery_flows.store import waits
+from celery_flows.store.models import TERMINAL, Flow, FlowStatus, FlowStepStatus, new_id
+from celery_flows.store.transitions import Transition, jsonable
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a dispatch row: worker None is the row that nobody holds."""
+
+    run_id: str
+    fence: int
+    worker: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepWrite:
+    """A step's row to insert, or to bring forward if it is there and open. JSON comes encoded."""
+
+    run_id: str
+    task: str
+    status: FlowStepStatus
+    position: int
+    attempt: int = 1
+    result: str | None = None
+    error: Mapping[str, Any] | None = None
+    args: str | None = None
+    elapsed_us: int = 0  # how long it ran; created_at is that much before updated_at
+    id: UUID = field(default_factory=new_id)
+
+    def told(self) -> str:
+        """The event's account of the row, as JSON text."""
+        row = {
+            "id": str(self.id),
+            "runtime": "managed",
+            "task": self.task,
+            "status": self.status.value,
+            "position": self.position,
+            "attempt": self.attempt,
+            "error_json": self.error,
+        }
+        text = json.dumps(row, ensure_ascii=False)[:-1]
+        return f'{text},"result_json":{self.result or "null"},"args_json":{self.args or "null"},"elapsed_us":{self.elapsed_us}}}'
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A Celery step to schedule: its row and its dispatch row."""
+
+    run_id: str
+    task: str
+    position: int
+    args: str  # JSON: {"args": [...], "kwargs": {...}}
+    queue: str | None = None
+    priority: int | None = None
+    options: Mapping[str, Any] | None = None  # of the message: time limits
+    id: UUID = field(default_factory=new_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """What a driver waits for: ``good`` more successes, or more than ``bad`` failures, of group ``group``."""
+
+    group: int
+    good: int
+    bad: int
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """Give the drive row back until ``due_at`` (None: until somebody wakes it), unless it was woken since ``wakes``."""
+
+    holder: Holder
+    wakes: int
+    due_at: datetime | None = None
+    join: Join | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Call the flow's driver: its row is due now, or, while somebody holds it, when that one parks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """A flow that no definition drives waits: the sweep looks at it at ``due_at``."""
+
+    due_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The flow is terminal: its open steps are closed, its dispatch rows deleted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One revision of one flow, with all that must commit with it."""
+
+    flow_id: UUID
+    revision: int  # expected; the stored one is this + 1
+    kind: str | None  # of the event; None writes none (update_with_revision)
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    tells_columns: bool = True  # the event carries "set"; without it the payload is the caller's alone
+    step: StepWrite | None = None
+    members: tuple[Member, ...] = ()
+    first_pause: float = 0.0  # seconds before the sweep publishes the members again
+    drive: Park | Wake | Settle | End | None = None
+    forgive: bool = False  # progress: the drive row's crashes are forgotten
+    write_id: UUID = field(default_factory=new_id)
+
+    @property
+    def ends(self) -> bool:
+        return isinstance(self.drive, End)
+
+    @property
+    def moves_rest(self) -> bool:
+        """Whether ``rest_at`` follows: not for the record of a step, which must leave every index alone."""
+        return bool(self.columns.keys() - {"current_step"})
+
+    def stored_columns(self) -> dict[str, Any]:
+        """The columns to write: those given, and those derived from them."""
+        columns = dict(self.columns)
+        if "wait_json" in columns:
+            columns["wait_key"] = waits.wait_key(columns["wait_json"])
+        return columns
+
+    def told(self) -> str:
+        """The event's payload, as JSON text: the caller's own words, ``set``, and the step's row."""
+        told = {**self.payload, "set": jsonable(self.columns)} if self.tells_columns else self.payload
+        text = json.dumps(told, ensure_ascii=False)
+        if self.step is not None:
+            text = f'{text[:-1]},"run_id":{json.dumps(self.step.run_id)},"step":{self.step.told()}}}'
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The end of a Celery step: its row, its event, and its part in the join."""
+
+    holder: Holder
+    flow_id: UUID
+    status: FlowStepStatus
+    result: str | None = None  # JSON text
+    error: Mapping[str, Any] | None = None
+    write_id: UUID = field(default_factory=new_id)
+
+    @property
+    def kind(self) -> str:
+        return f"step_{self.status.value}"
+
+    @property
+    def good(self) -> int:
+        return int(self.status is FlowStepStatus.SUCCEEDED)
+
+    def told(self) -> str:
+        row = json.dumps({"status": self.status.value, "error_json": self.error}, ensure_ascii=False)[:-1]
+        return f'{{"run_id":{json.dumps(self.holder.run_id)},"step":{row},"result_json":{self.result or "null"}}}}}'
+
+
+@dataclass(frozen=True, slots=True)
+class Drive:
+    """The drive row of a new flow."""
+
+    task: str
+    queue: str | None = None
+    priority: int | None = None
+    first_pause: float = 0.0  # seconds before the sweep publishes it again
+
+
+def change_of(flow: Flow, transition: Transition, **more: Any) -> Change:
+    """The change that writes ``transition`` on top of ``flow`` as read."""
+    return Change(flow.id, flow.revision, transition.kind, transition.columns, transition.payload, **more)
+
+
+QUIET = frozenset({"state_updated", "paused", "step_observed"})  # kinds that call no driver
+
+
+def follow_up(status: FlowStatus, wait: Mapping[str, Any] | None, kind: str) -> Wake | Settle | End | None:
+    """What a change that came from outside the driver means for the flow's dispatch rows."""
+    if status in TERMINAL:
+        return End()
+    if status is FlowStatus.WAITING and kind != "cancel_requested":
+        return Settle(waits.due_at(wait))
+    return None if kind in QUIET else Wake()

@@ -1,0 +1,400 @@
+"""The records' operations, each a plain function over a Connection: one body for the synchronous and the async store.
+
+A decorator says how an operation is run; ``script.py`` carries it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from enum import Enum
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
+
+from celery_flows.store import postgresql, sqlite
+from celery_flows.store.changes import Change, Drive, change_of, follow_up
+from celery_flows.store.errors import (
+    DuplicateFlow,
+    DuplicateStep,
+    FlowNotFound,
+    InvalidData,
+    RevisionMismatch,
+    StepNotFound,
+)
+from celery_flows.store.models import TERMINAL, Flow, FlowEvent, FlowStatus, FlowStep, FlowStepStatus
+from celery_flows.store.tables import EVENT_COLUMNS, FLOW_COLUMNS, UtcDateTime, flow_events, flow_steps, flows
+from celery_flows.store.transitions import Transition, jsonable
+from celery_flows.store.validation import check_name, encode_json
+from celery_flows.store.waits import wait_key
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Mode(Enum):
+    """How an operation is run in a transaction of its own."""
+
+    READ = "read"
+    WRITE = "write"  # several statements
+    SINGLE = "single"  # one statement on PostgreSQL: no BEGIN and COMMIT round trips
+
+
+def _mode(mode: Mode) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    def mark(operation: Callable[P, T]) -> Callable[P, T]:
+        operation.mode = mode  # type: ignore[attr-defined]
+        return operation
+
+    return mark
+
+
+reads, writes, writes_once = _mode(Mode.READ), _mode(Mode.WRITE), _mode(Mode.SINGLE)
+
+
+def dialect(conn: Connection) -> ModuleType:
+    """The module that holds what this connection's database does its own way."""
+    return postgresql if conn.dialect.name == "postgresql" else sqlite
+
+
+# ---- flows ----------------------------------------------------------------------------------------------------------
+
+
+@writes
+def insert_flow(conn: Connection, flow: Flow) -> None:
+    values = {c.name: getattr(flow, c.name) for c in FLOW_COLUMNS}
+    values |= {"rest_at": flow.updated_at, "wait_key": wait_key(flow.wait_json)}
+    if flow.status in TERMINAL and flow.finished_at is None:
+        values["finished_at"] = flow.updated_at
+    try:
+        with conn.begin_nested():
+            conn.execute(sa.insert(flows).values(values))
+    except IntegrityError:
+        raise DuplicateFlow(flow.id) from None
+
+
+@writes_once
+def create_flow(conn: Connection, flow: Flow, payload: dict[str, Any], drive: Drive | None = None) -> bool:
+    """Inserts the flow, its ``created`` event and, if it is driven, its drive row. False: id or key are taken."""
+    told = encode_json("payload", {**payload, "set": created_columns(flow)})
+    at = dialect(conn).create(conn, flow, "created", told, wait_key(flow.wait_json), drive)
+    return at is not None
+
+
+def created_columns(flow: Flow) -> dict[str, Any]:
+    """What a ``created`` event tells of the row; its times are the event's own."""
+    timed_by_event = ("id", "revision", "created_at", "updated_at")
+    return jsonable({name: value for name, value in dict(flow).items() if name not in timed_by_event})
+
+
+@writes_once
+def insert_created(conn: Connection, flow: Flow, payload: dict[str, Any]) -> bool:
+    """:func:`create_flow`, for one whose id or key must not be taken.
+
+    Raises:
+        DuplicateFlow: nothing was written.
+    """
+    if not create_flow(conn, flow, payload):
+        raise DuplicateFlow(flow.id)
+    return True
+
+
+@reads
+def find_created(conn: Connection, flow: Flow) -> bool | None:
+    """Whether :func:`insert_created` committed and only its reply was lost: the event carries the flow's id as write id."""
+    mine = sa.select(flow_events.c.id).where(flow_events.c.flow_id == flow.id, flow_events.c.write_id == flow.id)
+    return True if conn.scalar(mine) is not None else None
+
+
+@reads
+def get_flow(conn: Connection, flow_id: UUID) -> Flow | None:
+    row = conn.execute(sa.select(*FLOW_COLUMNS).where(flows.c.id == flow_id)).mappings().first()
+    return row and Flow.of_row(row)
+
+
+@reads
+def find_by_key(conn: Connection, controller_id: str, key: str) -> Flow | None:
+    mine = sa.select(*FLOW_COLUMNS).where(flows.c.controller_id == controller_id, flows.c.idempotency_key == key)
+    row = conn.execute(mine).mappings().first()
+    return row and Flow.of_row(row)
+
+
+@writes
+def lock_flow(conn: Connection, flow_id: UUID) -> Flow | None:
+    """The flow, its row locked until the transaction ends. FOR NO KEY UPDATE lets events be inserted meanwhile."""
+    locked = sa.select(*FLOW_COLUMNS).where(flows.c.id == flow_id).with_for_update(key_share=True)
+    row = conn.execute(locked).mappings().first()
+    return row and Flow.of_row(row)
+
+
+@reads
+def list_by_owner(
+    conn: Connection, owner_session_key: str, limit: int | None = 100, after: Flow | None = None
+) -> list[Flow]:
+    query = sa.select(*FLOW_COLUMNS).where(flows.c.owner_session_key == owner_session_key)
+    if after is not None:
+        query = query.where(_keyset(flows.c.created_at, flows.c.id) < _key(after.created_at, after.id))
+    return _flows(conn, query.order_by(flows.c.created_at.desc(), flows.c.id.desc()), limit)
+
+
+@reads
+def list_by_status(
+    conn: Connection, status: FlowStatus, limit: int | None = 100, after: Flow | None = None
+) -> list[Flow]:
+    # rest_at is indexed and equal to updated_at, but for running flows, of which there are few.
+    moved = flows.c.updated_at if status == FlowStatus.RUNNING else flows.c.rest_at
+    query = sa.select(*FLOW_COLUMNS).where(flows.c.status == FlowStatus(status).value)
+    if after is not None:
+        query = query.where(_keyset(moved, flows.c.id) > _key(after.updated_at, after.id))
+    return _flows(conn, query.order_by(moved, flows.c.id), limit)
+
+
+@reads
+def list_recent(
+    conn: Connection,
+    *,
+    status: FlowStatus | None,
+    owner: str | None,
+    definition: str | None,
+    limit: int,
+    after: Flow | None,
+) -> list[Flow]:
+    """Flows by any of status, owner and definition, newest first."""
+    given = (
+        (flows.c.status, status and status.value),
+        (flows.c.owner_session_key, owner),
+        (flows.c.controller_id, definition),
+    )
+    query = sa.select(*FLOW_COLUMNS).where(*(column == value for column, value in given if value is not None))
+    if after is not None:
+        query = query.where(_keyset(flows.c.created_at, flows.c.id) < _key(after.created_at, after.id))
+    return _flows(conn, query.order_by(flows.c.created_at.desc(), flows.c.id.desc()), limit)
+
+
+def _keyset(column: sa.Column[Any], id_column: sa.Column[Any]) -> Any:
+    return sa.tuple_(column, id_column)
+
+
+def _key(at: datetime, id_: UUID) -> Any:
+    return sa.tuple_(sa.literal(at, UtcDateTime()), sa.literal(id_, sa.Uuid()))
+
+
+def _flows(conn: Connection, query: Any, limit: int | None) -> list[Flow]:
+    return [Flow.of_row(row) for row in _limited(conn, query, limit)]
+
+
+def _limited(conn: Connection, query: Any, limit: int | None) -> Sequence[Any]:
+    if limit is not None and limit <= 0:
+        return []
+    return conn.execute(query.limit(limit)).mappings().all()
+
+
+# ---- changes of a flow ----------------------------------------------------------------------------------------------
+
+
+@writes_once
+def change_flow(conn: Connection, change: Change) -> tuple[Flow, int | None]:
+    """Writes one revision; gives the stored flow and the id of its event.
+
+    Raises:
+        RevisionMismatch, FlowNotFound: nothing was written.
+    """
+    row = dialect(conn).change(conn, change)
+    if row is None:
+        actual = conn.scalar(sa.select(flows.c.revision).where(flows.c.id == change.flow_id))
+        if actual is None:
+            raise FlowNotFound(change.flow_id)
+        raise RevisionMismatch(change.flow_id, change.revision, actual)
+    return Flow.of_row(row), row["event_id"]
+
+
+@reads
+def find_change(conn: Connection, change: Change) -> tuple[Flow, int | None] | None:
+    """What :func:`change_flow` would have answered, if it committed and only its reply was lost; else None."""
+    mine = sa.select(flow_events.c.id).where(
+        flow_events.c.flow_id == change.flow_id,
+        flow_events.c.revision == change.revision + 1,
+        flow_events.c.write_id == change.write_id,
+    )
+    event_id = conn.scalar(mine)
+    flow = None if event_id is None else get_flow(conn, change.flow_id)
+    return None if flow is None else (flow, event_id)
+
+
+def change_to(flow: Flow, kind: str | None, payload: dict[str, Any]) -> Change:
+    """The change that stores ``flow`` as given, told by the caller's own words."""
+    kept = ("id", "revision", "created_at", "updated_at", "finished_at")
+    columns = {name: value for name, value in dict(flow).items() if name not in kept}
+    drive = follow_up(flow.status, flow.wait_json, kind or "updated")
+    return Change(flow.id, flow.revision, kind, columns, payload, tells_columns=False, drive=drive)
+
+
+def event_of(change: Change, stored: Flow, event_id: int | None) -> FlowEvent:
+    """The event that :func:`change_flow` has just written with ``stored``."""
+    assert change.kind is not None
+    return FlowEvent(
+        id=event_id,
+        flow_id=change.flow_id,
+        kind=change.kind,
+        payload_json=dict(change.payload),
+        at=stored.updated_at,
+        revision=change.revision + 1,
+    )
+
+
+@writes
+def update_locked(conn: Connection, flow_id: UUID, decide: Callable[[Flow], Transition | None]) -> Flow:
+    """Reads the flow under its row's lock, has ``decide`` say what changes, and writes that.
+
+    Raises:
+        FlowNotFound; whatever ``decide`` raises. Nothing was written.
+    """
+    flow = lock_flow(conn, flow_id)
+    if flow is None:
+        raise FlowNotFound(flow_id)
+    transition = decide(flow)
+    if transition is None:
+        return flow
+    after = transition.applied_to(flow)
+    drive = follow_up(after.status, after.wait_json, transition.kind)
+    return change_flow(conn, change_of(flow, transition, drive=drive))[0]
+
+
+# ---- events ---------------------------------------------------------------------------------------------------------
+
+
+@writes
+def append_event(conn: Connection, flow_id: UUID, kind: str, payload: dict[str, Any]) -> FlowEvent:
+    check_name("kind", kind)
+    encode_json("payload", payload)
+    if get_flow(conn, flow_id) is None:
+        raise FlowNotFound(flow_id)
+    row = sa.insert(flow_events).values(flow_id=flow_id, kind=kind, payload_json=payload, at=now(conn))
+    return FlowEvent.of_row(conn.execute(row.returning(*EVENT_COLUMNS)).mappings().one())
+
+
+@reads
+def list_events(conn: Connection, flow_id: UUID, limit: int | None, after: FlowEvent | None = None) -> list[FlowEvent]:
+    query = sa.select(*EVENT_COLUMNS).where(flow_events.c.flow_id == flow_id)
+    if after is not None:
+        query = query.where(flow_events.c.id < after.id)
+    rows = _limited(conn, query.order_by(flow_events.c.id.desc()), limit)
+    return [FlowEvent.of_row(row) for row in rows]
+
+
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+
+@writes
+def insert_step(conn: Connection, step: FlowStep) -> None:
+    if get_flow(conn, step.flow_id) is None:
+        raise FlowNotFound(step.flow_id)
+    try:
+        with conn.begin_nested():
+            conn.execute(sa.insert(flow_steps).values(dict(step)))
+    except IntegrityError:
+        raise DuplicateStep(step.flow_id, step.run_id) from None
+
+
+@writes
+def update_step(conn: Connection, step: FlowStep) -> FlowStep:
+    values = {name: value for name, value in dict(step).items() if name not in ("id", "flow_id", "created_at")}
+    write = sa.update(flow_steps).where(flow_steps.c.id == step.id).values({**values, "updated_at": now(conn)})
+    try:
+        with conn.begin_nested():
+            row = conn.execute(write.returning(*flow_steps.c)).mappings().first()
+    except IntegrityError:
+        raise DuplicateStep(step.flow_id, step.run_id) from None
+    if row is None:
+        raise StepNotFound(step.id)
+    return FlowStep.of_row(row)
+
+
+@reads
+def get_step(conn: Connection, step_id: UUID) -> FlowStep | None:
+    return _step(conn, flow_steps.c.id == step_id)
+
+
+@reads
+def find_step_by_run_id(conn: Connection, flow_id: UUID, run_id: str) -> FlowStep | None:
+    return _step(conn, sa.and_(flow_steps.c.flow_id == flow_id, flow_steps.c.run_id == run_id))
+
+
+def _step(conn: Connection, where: sa.ColumnElement[bool]) -> FlowStep | None:
+    row = conn.execute(sa.select(flow_steps).where(where)).mappings().first()
+    return row and FlowStep.of_row(row)
+
+
+@reads
+def list_steps(
+    conn: Connection, flow_id: UUID, limit: int | None = None, after: FlowStep | None = None
+) -> list[FlowStep]:
+    query = sa.select(flow_steps).where(flow_steps.c.flow_id == flow_id)
+    if after is not None:
+        query = query.where(_keyset(flow_steps.c.created_at, flow_steps.c.id) > _key(after.created_at, after.id))
+    rows = _limited(conn, query.order_by(flow_steps.c.created_at, flow_steps.c.id), limit)
+    return [FlowStep.of_row(row) for row in rows]
+
+
+@reads
+def count_steps(conn: Connection, flow_id: UUID) -> dict[FlowStepStatus, int]:
+    """How many steps of the flow are in each status."""
+    counted = sa.select(flow_steps.c.status, sa.func.count()).where(flow_steps.c.flow_id == flow_id)
+    rows = conn.execute(counted.group_by(flow_steps.c.status)).all()
+    return {FlowStepStatus(status): count for status, count in rows}
+
+
+@writes_once
+def observe_step(conn: Connection, step: FlowStep) -> FlowStep:
+    """Upserts by (flow_id, run_id), with its event. A closed step stays as it is; a missing session key keeps the old.
+
+    Raises:
+        FlowNotFound: nothing was written.
+    """
+    row = dialect(conn).observe(conn, step)
+    if row is not None:
+        return FlowStep.of_row(row)
+    known = find_step_by_run_id(conn, step.flow_id, step.run_id)
+    if known is None:
+        raise FlowNotFound(step.flow_id)
+    return known
+
+
+# ---- retention ------------------------------------------------------------------------------------------------------
+
+PRUNE_BATCH = 500
+
+
+@writes
+def prune_batch(conn: Connection, retain_days: int, batch: int = PRUNE_BATCH) -> int:
+    """Deletes at most ``batch`` flows that ended more than ``retain_days`` days ago, steps and events with them.
+
+    A child whose parent is open is kept. ``finished_at`` equals the last ``updated_at`` of a terminal row.
+
+    Raises:
+        InvalidData: for a negative number of days.
+    """
+    if retain_days < 0:
+        raise InvalidData("retain_days", "must not be negative")
+    before = now(conn) - timedelta(days=retain_days)
+    parent = flows.alias("parent")
+    open_parent = sa.exists().where(parent.c.id == flows.c.parent_flow_id, parent.c.finished_at.is_(None))
+    ended = (
+        sa.select(flows.c.id)
+        .where(flows.c.finished_at < before, ~open_parent)
+        .order_by(flows.c.finished_at)
+        .limit(batch)
+        .with_for_update(skip_locked=True)
+    )
+    return conn.execute(sa.delete(flows).where(flows.c.id.in_(ended.scalar_subquery()))).rowcount
+
+
+@reads
+def now(conn: Connection) -> datetime:
+    """The database's clock, in UTC."""
+    value = dialect(conn).now(conn)
+    assert isinstance(value, datetime)
+    return value

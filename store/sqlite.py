@@ -1,0 +1,483 @@
+"""What SQLite does its own way: several statements in one transaction that begins as the only writer.
+
+``BEGIN IMMEDIATE`` makes a transaction the database's one writer from its first statement, so what it reads stays true
+until it commits, and no statement needs PostgreSQL's guards. Times are text with six digits; ``strftime('%f')`` gives
+three of them, CURRENT_TIMESTAMP none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, and_, case, event, func, literal, or_
+
+from celery_flows.store.changes import Change, Completion, Drive, End, Member, Park, Settle, StepWrite, Wake
+from celery_flows.store.models import OPEN, OPEN_STEP, Flow, FlowStatus, FlowStep, FlowStepStatus
+from celery_flows.store.tables import FLOW_COLUMNS, UtcDateTime, flow_dispatch, flow_events, flow_steps, flows
+
+Row = Mapping[str, Any]
+
+_NOW = func.strftime("%Y-%m-%d %H:%M:%f000", "now", type_=sa.Text())
+_d, _s = flow_dispatch.c, flow_steps.c
+_OPEN_STEPS = tuple(status.value for status in OPEN_STEP)
+
+
+def now(conn: Connection) -> datetime:
+    """The database's clock."""
+    value = conn.scalar(sa.select(sa.type_coerce(_NOW, UtcDateTime())))
+    assert isinstance(value, datetime)
+    return value
+
+
+def _text(value: str | None) -> Any:
+    """JSON that is encoded already, as a column's value."""
+    return sa.null() if value is None else literal(value, sa.Text())
+
+
+# ---- transitions of a flow ------------------------------------------------------------------------------------------
+
+
+def change(conn: Connection, what: Change) -> Row | None:
+    """Writes the change if the flow is still at its revision; gives the stored row, or None if it is not."""
+    at = now(conn)
+    values = {**what.stored_columns(), "revision": what.revision + 1, "updated_at": at}
+    if what.moves_rest:
+        values["rest_at"] = at
+    if what.ends:
+        values["finished_at"] = at
+    row = (
+        conn.execute(
+            sa.update(flows)
+            .where(flows.c.id == what.flow_id, flows.c.revision == what.revision)
+            .values(values)
+            .returning(*FLOW_COLUMNS)
+        )
+        .mappings()
+        .first()
+    )
+    if row is None:
+        return None
+    event_id = None
+    if what.members:
+        event_id = _schedule(conn, what, at)
+    elif what.kind is not None:
+        event_id = _append_revision(conn, what, what.kind, what.told(), at)
+    if what.step is not None:
+        _write_step(conn, what.flow_id, what.step, at)
+    _settle_drive_row(conn, what, at)
+    return {**row, "event_id": event_id}
+
+
+def _append_revision(conn: Connection, what: Change, kind: str, told: str, at: datetime) -> int:
+    return _append(conn, what.flow_id, kind, told, at, revision=what.revision + 1, write_id=what.write_id)
+
+
+def _append(conn: Connection, flow_id: UUID, kind: str, told: str, at: datetime, **more: Any) -> int:
+    row = sa.insert(flow_events).values(flow_id=flow_id, kind=kind, payload_json=_text(told), at=at, **more)
+    return int(conn.execute(row.returning(flow_events.c.id)).scalar_one())
+
+
+def _write_step(conn: Connection, flow_id: UUID, step: StepWrite, at: datetime) -> None:
+    outcome = {
+        "status": step.status.value,
+        "result_json": _text(step.result),
+        "error_json": step.error,
+        "attempt": step.attempt,
+        "updated_at": at,
+    }
+    brought_forward = conn.execute(
+        sa.update(flow_steps)
+        .where(_s.flow_id == flow_id, _s.run_id == step.run_id, _s.status.in_(_OPEN_STEPS))
+        .values(outcome)
+    )
+    if brought_forward.rowcount == 0:
+        conn.execute(
+            sa.insert(flow_steps).values(
+                id=step.id, flow_id=flow_id, runtime="managed", run_id=step.run_id, task=step.task,
+                args_json=_text(step.args), position=step.position,
+                created_at=at - timedelta(microseconds=step.elapsed_us), **outcome,
+            )
+        )  # fmt: skip
+
+
+def _schedule(conn: Connection, what: Change, at: datetime) -> int:
+    assert isinstance(what.drive, Park)
+    assert what.drive.join is not None
+    due_at, group = at + timedelta(seconds=what.first_pause), what.drive.join.group
+    event_id = 0
+    for number, member in enumerate(what.members):
+        conn.execute(
+            sa.insert(flow_steps).values(
+                id=member.id, flow_id=what.flow_id, runtime="managed", run_id=member.run_id, task=member.task,
+                status="pending", args_json=_text(member.args), position=member.position, attempt=1, created_at=at,
+                updated_at=at,
+            )
+        )  # fmt: skip
+        conn.execute(
+            sa.insert(flow_dispatch).values(
+                run_id=member.run_id, flow_id=what.flow_id, kind="step", task=member.task, queue=member.queue,
+                priority=member.priority, options=member.options, due_at=due_at, publish_count=1, join_group=group,
+            )
+        )  # fmt: skip
+        if number:
+            _append(conn, what.flow_id, "step_scheduled", _member_told(member), at)
+        else:  # the first member's event carries the flow's revision
+            told = f"{what.told()[:-1]},{_member_told(member)[1:]}"
+            event_id = _append_revision(conn, what, "step_scheduled", told, at)
+    return event_id
+
+
+def _member_told(member: Member) -> str:
+    step = StepWrite(
+        member.run_id, member.task, FlowStepStatus.PENDING, member.position, args=member.args, id=member.id
+    )
+    return f'{{"run_id":"{member.run_id}","step":{step.told()}}}'
+
+
+def _settle_drive_row(conn: Connection, what: Change, at: datetime) -> None:
+    mine = _d.run_id == str(what.flow_id)
+    match what.drive:
+        case Wake():
+            conn.execute(sa.update(flow_dispatch).where(mine).values(wakes=_d.wakes + 1, due_at=_due_if_free(at)))
+        case Settle(due_at):
+            undriven = sa.update(flow_dispatch).where(mine, _d.task.is_(None)).values(due_at=due_at)
+            there = conn.scalar(sa.select(func.count()).select_from(flow_dispatch).where(mine))
+            if there:
+                conn.execute(undriven)
+            else:
+                conn.execute(
+                    sa.insert(flow_dispatch).values(
+                        run_id=str(what.flow_id), flow_id=what.flow_id, kind="drive", due_at=due_at
+                    )
+                )
+        case Park() as park:
+            _park(conn, what, park, at)
+        case End():
+            _end(conn, what.flow_id, at)
+        case None if what.forgive:
+            conn.execute(sa.update(flow_dispatch).where(mine).values(crash_count=0))
+
+
+def _due_if_free(at: datetime) -> Any:
+    return case((_d.worker.is_(None), at), else_=_d.due_at)
+
+
+def _park(conn: Connection, what: Change, park: Park, at: datetime) -> None:
+    values: dict[str, Any] = {
+        "worker": None,
+        "publish_count": 0,
+        "due_at": case((_d.wakes == park.wakes, sa.literal(park.due_at, UtcDateTime())), else_=at),
+    }
+    if what.forgive:
+        values["crash_count"] = 0
+    if park.join is not None:
+        values |= {
+            "open_members": _d.open_members + len(what.members),
+            "join_group": park.join.group,
+            "join_good": park.join.good,
+            "join_bad": park.join.bad,
+        }
+    conn.execute(
+        sa.update(flow_dispatch).where(_d.run_id == str(what.flow_id), _d.fence == park.holder.fence).values(values)
+    )
+
+
+def _end(conn: Connection, flow_id: UUID, at: datetime) -> None:
+    conn.execute(sa.delete(flow_dispatch).where(_d.flow_id == flow_id))
+    closed = conn.execute(
+        sa.update(flow_steps)
+        .where(_s.flow_id == flow_id, _s.status.in_(_OPEN_STEPS))
+        .values(status="cancelled", updated_at=at)
+        .returning(_s.run_id)
+    )
+    for run_id in closed.scalars().all():
+        _append(conn, flow_id, "step_cancelled", f'{{"run_id":"{run_id}","step":{{"status":"cancelled"}}}}', at)
+
+
+# ---- start ----------------------------------------------------------------------------------------------------------
+
+
+def create(conn: Connection, flow: Flow, kind: str, told: str, wait_key: str | None, drive: Drive | None) -> Any:
+    """Inserts flow, event and drive row; gives the time of creation, or None if id or key were taken."""
+    taken = sa.or_(
+        flows.c.id == flow.id,
+        sa.and_(flows.c.controller_id == flow.controller_id, flows.c.idempotency_key == flow.idempotency_key),
+    )
+    if conn.scalar(sa.select(func.count()).select_from(flows).where(taken)):
+        return None
+    at = now(conn)
+    values = {c.name: getattr(flow, c.name) for c in FLOW_COLUMNS}
+    values |= {"created_at": at, "updated_at": at, "rest_at": at, "wait_key": wait_key}
+    conn.execute(sa.insert(flows).values(values))
+    _append(conn, flow.id, kind, told, at, revision=flow.revision, write_id=flow.id)
+    if drive is not None:
+        conn.execute(
+            sa.insert(flow_dispatch).values(
+                run_id=str(flow.id), flow_id=flow.id, kind="drive", task=drive.task, queue=drive.queue,
+                priority=drive.priority, due_at=at + timedelta(seconds=drive.first_pause), publish_count=1,
+            )
+        )  # fmt: skip
+    return at
+
+
+# ---- claims ---------------------------------------------------------------------------------------------------------
+
+
+def _claimable(at: datetime, worker: str, repeat: bool) -> sa.ColumnElement[bool]:
+    published = and_(_d.worker.is_(None), _d.publish_count > 0)
+    claimable = or_(_d.due_at <= at, published)
+    return or_(claimable, _d.worker == worker) if repeat else claimable
+
+
+def _take(conn: Connection, where: sa.ColumnElement[bool], at: datetime, worker: str, lease: float) -> Row | None:
+    crashed = case((or_(_d.worker.is_(None), _d.worker == worker), 0), else_=1)
+    return (
+        conn.execute(
+            sa.update(flow_dispatch)
+            .where(where)
+            .values(
+                fence=_d.fence + 1,
+                worker=worker,
+                due_at=at + timedelta(seconds=lease),
+                publish_count=0,
+                crash_count=_d.crash_count + crashed,
+            )
+            .returning(*flow_dispatch.c)
+        )
+        .mappings()
+        .first()
+    )
+
+
+def claim_drive(conn: Connection, flow_id: UUID, worker: str, lease: float, repeat: bool) -> Row | None:
+    at = now(conn)
+    flow = (
+        conn.execute(
+            sa.select(flows.c.status, flows.c.cancel_requested, flows.c.wait_json, flows.c.wait_key).where(
+                flows.c.id == flow_id,
+                flows.c.status.in_([status.value for status in OPEN]),
+                flows.c.paused_at.is_(None),
+            )
+        )
+        .mappings()
+        .first()
+    )
+    if flow is None:
+        return None
+    mine = and_(_d.run_id == str(flow_id), _d.task.isnot(None), _claimable(at, worker, repeat))
+    row = _take(conn, mine, at, worker, lease)
+    if row is None:
+        return None
+    keeps = flow["cancel_requested"]
+    stored = (
+        conn.execute(
+            sa.update(flows)
+            .where(flows.c.id == flow_id)
+            .values(
+                status=flow["status"] if keeps else FlowStatus.RUNNING,
+                wait_json=flow["wait_json"] if keeps else None,
+                wait_key=flow["wait_key"] if keeps else None,
+                revision=flows.c.revision + 1,
+                updated_at=at,
+                rest_at=at,
+            )
+            .returning(*FLOW_COLUMNS)
+        )
+        .mappings()
+        .one()
+    )
+    kind = "started" if flow["status"] == "created" else "reclaimed" if row["crash_count"] else "resumed"
+    conn.execute(
+        sa.insert(flow_events).values(
+            flow_id=flow_id,
+            revision=stored["revision"],
+            kind=kind,
+            payload_json={
+                "set": {"status": stored["status"], "wait_json": stored["wait_json"]},
+                "worker": worker,
+                "fence": row["fence"],
+            },
+            at=at,
+        )
+    )
+    return {**row, **stored, "was": flow["status"], "now": at}
+
+
+def claim_step(conn: Connection, run_id: str, worker: str, lease: float, repeat: bool) -> Row | None:
+    at = now(conn)
+    row = _take(conn, and_(_d.run_id == run_id, _d.kind == "step", _claimable(at, worker, repeat)), at, worker, lease)
+    if row is None:
+        return None
+    step = (
+        conn.execute(
+            sa.update(flow_steps)
+            .where(_s.flow_id == row["flow_id"], _s.run_id == run_id, _s.status.in_(_OPEN_STEPS))
+            .values(status="running", updated_at=at)
+            .returning(_s.task, _s.args_json, _s.attempt)
+        )
+        .mappings()
+        .one()
+    )
+    told = {"run_id": run_id, "step": {"status": "running"}, "worker": worker, "fence": row["fence"]}
+    conn.execute(sa.insert(flow_events).values(flow_id=row["flow_id"], kind="step_started", payload_json=told, at=at))
+    flow = (
+        conn.execute(
+            sa.select(flows.c.cancel_requested, flows.c.owner_session_key, flows.c.controller_id).where(
+                flows.c.id == row["flow_id"]
+            )
+        )
+        .mappings()
+        .one()
+    )
+    return {**row, **step, **flow}
+
+
+# ---- completions ----------------------------------------------------------------------------------------------------
+
+
+def complete(conn: Connection, what: Completion) -> Row | None:
+    """Closes a step; None if its row is no longer this holder's."""
+    at, holder = now(conn), what.holder
+    row = (
+        conn.execute(
+            sa.delete(flow_dispatch)
+            .where(
+                _d.run_id == holder.run_id, _d.kind == "step", _d.fence == holder.fence, _d.worker.is_(holder.worker)
+            )
+            .returning(_d.flow_id, _d.join_group)
+        )
+        .mappings()
+        .first()
+    )
+    if row is None:
+        return None
+    conn.execute(
+        sa.update(flow_steps)
+        .where(_s.flow_id == row["flow_id"], _s.run_id == holder.run_id)
+        .values(status=what.status.value, result_json=_text(what.result), error_json=what.error, updated_at=at)
+    )
+    _append(conn, row["flow_id"], what.kind, what.told(), at, write_id=what.write_id)
+    own = _d.join_group == row["join_group"]
+    bad = 1 - what.good
+    met = or_(_d.open_members <= 1, and_(own, or_(_d.join_good <= what.good, _d.join_bad < bad)))
+    drive = (
+        conn.execute(
+            sa.update(flow_dispatch)
+            .where(_d.run_id == str(row["flow_id"]))
+            .values(
+                open_members=_d.open_members - 1,
+                join_good=_d.join_good - case((own, what.good), else_=0),
+                join_bad=_d.join_bad - case((own, bad), else_=0),
+                wakes=_d.wakes + case((met, 1), else_=0),
+                due_at=case((and_(_d.worker.is_(None), met), at), else_=_d.due_at),
+            )
+            .returning(_d.due_at, _d.worker, _d.queue)
+        )
+        .mappings()
+        .first()
+    )
+    woke = drive is not None and drive["worker"] is None and drive["due_at"] is not None and drive["due_at"] <= at
+    return {"woke": woke, "queue": drive and drive["queue"], "closed": 1}
+
+
+# ---- sweep ----------------------------------------------------------------------------------------------------------
+
+
+def sweep(conn: Connection, limit: int, first: float, cap: float) -> list[Row]:
+    at = now(conn)
+    due = conn.execute(
+        sa.select(flow_dispatch)
+        .where(_d.due_at <= at, _d.kind.in_(["drive", "step"]), _d.task.isnot(None))
+        .order_by(_d.due_at)
+        .limit(limit)
+    ).mappings()
+    return [_swept(conn, row, at, first, cap) for row in due.all()]
+
+
+def _swept(conn: Connection, row: Row, at: datetime, first: float, cap: float) -> Row:
+    pause = min(first * (1 << min(row["publish_count"], 20)), cap)
+    crashes = row["crash_count"] + (row["worker"] is not None)
+    values = {
+        "worker": None,
+        "publish_count": row["publish_count"] + 1,
+        "crash_count": crashes,
+        "due_at": at + timedelta(seconds=pause),
+    }
+    conn.execute(sa.update(flow_dispatch).where(_d.run_id == row["run_id"]).values(values))
+    return {**row, **values}
+
+
+# ---- observations ---------------------------------------------------------------------------------------------------
+
+
+def observe(conn: Connection, step: FlowStep) -> Row | None:
+    """Inserts or brings forward an observed step with its event; None if it is closed, or the flow is not there."""
+    at = now(conn)
+    mine = and_(_s.flow_id == step.flow_id, _s.run_id == step.run_id)
+    known = conn.execute(sa.select(flow_steps).where(mine)).mappings().first()
+    if known is not None and (known["status"] not in _OPEN_STEPS or known["runtime"] != step.runtime):
+        return None
+    if known is not None:
+        kept = {
+            name: getattr(step, name) if getattr(step, name) is not None else known[name]
+            for name in ("child_session_key", "result_json", "error_json")
+        }
+        write: Any = sa.update(flow_steps).where(mine).values(status=step.status, updated_at=at, **kept)
+    elif conn.scalar(sa.select(func.count()).select_from(flows).where(flows.c.id == step.flow_id)):
+        values = {**dict(step), "position": 0, "attempt": 1, "created_at": at, "updated_at": at}
+        write = sa.insert(flow_steps).values(values)
+    else:
+        return None
+    row = conn.execute(write.returning(*flow_steps.c)).mappings().one()
+    told = {
+        name: row[name]
+        for name in (
+            "runtime",
+            "child_session_key",
+            "task",
+            "status",
+            "result_json",
+            "error_json",
+            "position",
+            "attempt",
+        )
+    }
+    payload = {"run_id": row["run_id"], "step": {"id": str(row["id"]), **told}}
+    conn.execute(sa.insert(flow_events).values(flow_id=step.flow_id, kind="step_observed", payload_json=payload, at=at))
+    return row
+
+
+# ---- engines --------------------------------------------------------------------------------------------------------
+
+BUSY_TIMEOUT_MS = 10_000
+
+
+def engine_options() -> dict[str, Any]:
+    return {"connect_args": {"timeout": BUSY_TIMEOUT_MS / 1000}}
+
+
+def prepare(engine: sa.Engine) -> None:
+    """Has every connection of this engine made from now on keep foreign keys, wait for the writer, and write ahead."""
+    event.listen(engine, "connect", _set_pragmas)
+
+
+def _set_pragmas(dbapi_connection: Any, _record: Any) -> None:
+    cursor = dbapi_connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_TIMEOUT_MS}"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def writing(engine: sa.Engine, *, single: bool) -> sa.Engine:
+    """The engine to write through: its transactions begin as the only writer."""
+    immediate = engine.execution_options()
+    event.listen(immediate, "begin", lambda conn: conn.exec_driver_sql("BEGIN IMMEDIATE"))
+    return immediate
+
+
+def reading(engine: sa.Engine) -> sa.Engine:
+    return engine
