@@ -1,1 +1,75 @@
 """Durable workflows for teams that already run Celery and PostgreSQL."""
+
+from celery_flows.store import (
+    AlreadyTerminal,
+    CancelPending,
+    DuplicateFlow,
+    DuplicateStep,
+    Flow,
+    FlowError,
+    FlowEvent,
+    FlowManager,
+    FlowNotFound,
+    FlowStatus,
+    FlowStep,
+    FlowStepStatus,
+    FlowStore,
+    IllegalTransition,
+    InvalidData,
+    KeyConflict,
+    RevisionMismatch,
+    SchemaOutdated,
+    SqlFlowStore,
+    StartPending,
+    StoreError,
+)
+from celery_flows.tasks.errors import (
+    FlowCancelled,
+    FlowFailed,
+    ResultTimedOut,
+    StepFailed,
+    StepLost,
+    UnknownFlow,
+    WaitTimedOut,
+)
+from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.registry import FlowDefinition
+from celery_flows.tasks.run import Run
+from celery_flows.tasks.settings import FlowSettings
+from celery_flows.worker.flows import Flows
+
+__all__ = [
+    "AlreadyTerminal",
+    "CancelPending",
+    "DuplicateFlow",
+    "DuplicateStep",
+    "Flow",
+    "FlowCancelled",
+    "FlowDefinition",
+    "FlowError",
+    "FlowEvent",
+    "FlowFailed",
+    "FlowHandle",
+    "FlowManager",
+    "FlowNotFound",
+    "FlowSettings",
+    "FlowStatus",
+    "FlowStep",
+    "FlowStepStatus",
+    "FlowStore",
+    "Flows",
+    "IllegalTransition",
+    "InvalidData",
+    "KeyConflict",
+    "ResultTimedOut",
+    "RevisionMismatch",
+    "Run",
+    "SchemaOutdated",
+    "SqlFlowStore",
+    "StartPending",
+    "StepFailed",
+    "StepLost",
+    "StoreError",
+    "UnknownFlow",
+    "WaitTimedOut",
+]

@@ -71,8 +71,7 @@ class AsyncFlowStore:
         """This store inside the caller's transaction: the caller commits, nothing is tried again here."""
         bound = object.__new__(type(self))
         bound.__dict__.update(self.__dict__)
-        is_session = isinstance(transaction, AsyncSession)
-        bound._connection = await transaction.connection() if is_session else transaction
+        bound._connection = await transaction.connection() if isinstance(transaction, AsyncSession) else transaction
         return bound
 
     @property

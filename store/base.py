@@ -36,11 +36,17 @@ class FlowStore(ABC):
 
     @abstractmethod
     def list_by_owner(self, owner_session_key: str, limit: int | None = 100, after: Flow | None = None) -> list[Flow]:
-        """Gives an owner's flows, newest created first. ``after`` is the last flow of the page before; limit None: all."""
+        """Gives an owner's flows, newest created first.
+
+        ``after`` is the last flow of the page before. A limit below 1 gives none; None gives all.
+        """
 
     @abstractmethod
     def list_by_status(self, status: FlowStatus, limit: int | None = 100, after: Flow | None = None) -> list[Flow]:
-        """Gives the flows in a status, longest not updated first. ``after`` and ``limit`` as in :meth:`list_by_owner`."""
+        """Gives the flows in a status, longest not updated first.
+
+        ``after`` and ``limit`` as in :meth:`list_by_owner`.
+        """
 
     @abstractmethod
     def update_with_revision(self, flow: Flow) -> Flow:

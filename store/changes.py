@@ -50,7 +50,8 @@ class StepWrite:
             "error_json": self.error,
         }
         text = json.dumps(row, ensure_ascii=False)[:-1]
-        return f'{text},"result_json":{self.result or "null"},"args_json":{self.args or "null"},"elapsed_us":{self.elapsed_us}}}'
+        encoded = f'"result_json":{self.result or "null"},"args_json":{self.args or "null"}'
+        return f'{text},{encoded},"elapsed_us":{self.elapsed_us}}}'
 
 
 @dataclass(frozen=True, slots=True)

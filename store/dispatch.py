@@ -64,6 +64,7 @@ class Standing:
     status: str
     cancel_requested: bool
     paused: bool
+    state: dict[str, Any]
     fence: int | None  # None: the row is gone, the flow has ended
     worker: str | None
 
@@ -144,13 +145,15 @@ def standing(conn: Connection, flow_id: UUID) -> Standing | None:
     f = flows.c
     joined = sa.outerjoin(flows, flow_dispatch, _d.run_id == sa.bindparam("run_id", str(flow_id), sa.Text()))
     row = conn.execute(
-        sa.select(f.revision, f.status, f.cancel_requested, f.paused_at, _d.fence, _d.worker)
+        sa.select(f.revision, f.status, f.cancel_requested, f.paused_at, f.state_json, _d.fence, _d.worker)
         .select_from(joined)
         .where(f.id == flow_id)
     ).first()
     if row is None:
         return None
-    return Standing(row.revision, row.status, row.cancel_requested, row.paused_at is not None, row.fence, row.worker)
+    return Standing(
+        row.revision, row.status, row.cancel_requested, row.paused_at is not None, row.state_json, row.fence, row.worker
+    )
 
 
 def _held(holder: Holder) -> sa.ColumnElement[bool]:
@@ -211,7 +214,7 @@ def hand_back(conn: Connection, holder: Holder, delay_seconds: float = 0.0) -> b
 
 
 def _in(conn: Connection, seconds: float) -> Any:
-    """The database's clock plus ``seconds``, as an expression where the database can, so that it stays one statement."""
+    """The database's clock plus ``seconds``: an expression where the database can, so that it stays one statement."""
     if conn.dialect.name == "postgresql":
         return sa.func.statement_timestamp() + sa.func.make_interval(0, 0, 0, 0, 0, 0, seconds)
     return now(conn) + timedelta(seconds=seconds)
@@ -348,12 +351,22 @@ def fail_lost(conn: Connection, flow_id: UUID, fence: int) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class Unsettled:
+    """A due row that needs no worker: an event to hand over, or the wait of a flow that no definition drives."""
+
+    run_id: str
+    kind: str  # look or drive
+    flow_id: UUID | None  # of a drive row
+
+
 @reads
-def list_unsettled(conn: Connection, limit: int) -> list[tuple[str, str, UUID | None]]:
-    """Due rows that need no worker, as (run id, kind, flow id): events to hand over, waits of undriven flows."""
+def list_unsettled(conn: Connection, limit: int, at: datetime | None = None) -> list[Unsettled]:
+    """Rows that need no worker and are due at ``at``; None: by the database's clock."""
+    moment = _in(conn, 0) if at is None else sa.literal(at, UtcDateTime())
     no_worker = sa.or_(_d.kind == "look", _d.task.is_(None))
-    due = sa.select(_d.run_id, _d.kind, _d.flow_id).where(_d.due_at <= now(conn), no_worker)
-    return [tuple(row) for row in conn.execute(due.order_by(_d.due_at).limit(limit))]
+    due = sa.select(_d.run_id, _d.kind, _d.flow_id).where(_d.due_at <= moment, no_worker)
+    return [Unsettled(*row) for row in conn.execute(due.order_by(_d.due_at).limit(limit))]
 
 
 @reads

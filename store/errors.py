@@ -43,7 +43,8 @@ class KeyConflict(InvalidData):
         self.controller_id, self.key, self.flow_id = controller_id, key, flow_id
         super().__init__(
             "key",
-            f"{key!r} already started flow {flow_id} of {controller_id!r} with other input; use another key or the same input",
+            f"{key!r} already started flow {flow_id} of {controller_id!r} with other input; "
+            "use another key or the same input",
         )
 
 

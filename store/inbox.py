@@ -9,7 +9,7 @@ commits last, its look sees both.
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -54,7 +54,7 @@ def emit(
 
 @writes
 def hand_over_next(conn: Connection, key: str) -> UUID | None:
-    """Hands the oldest event of ``key`` to the flow that has waited longest; the flow's id, or None if either is missing.
+    """Hands the oldest event of ``key`` to the flow that has waited longest; gives its id, None if either is missing.
 
     The event's lock is waited for, never skipped: the one who holds it may still roll back, and order would be lost.
     """
@@ -126,8 +126,8 @@ def drop_look(conn: Connection, run_id: str) -> None:
 
 
 @writes
-def settle_wait(conn: Connection, flow_id: UUID) -> str | None:
-    """Ends the wait of an undriven flow that is due; says ``resumed`` or ``cancelled``, or None if it waits on.
+def settle_wait(conn: Connection, flow_id: UUID, at: datetime | None = None) -> str | None:
+    """Ends the wait of an undriven flow that is due at ``at`` (None: by the database's clock); says ``resumed`` or ``cancelled``, or None if it waits on.
 
     A timer that fired and an external wait that timed out both resume the flow; the latter has ``resume_event`` None
     and ``wait_timed_out`` true in its state.
@@ -142,7 +142,7 @@ def settle_wait(conn: Connection, flow_id: UUID) -> str | None:
         change_flow(conn, change_of(flow, transition, drive=follow_up(FlowStatus.CANCELLED, None, transition.kind)))
         return "cancelled"
     due = due_at(flow.wait_json)
-    if due is None or due > now(conn):
+    if due is None or due > (at or now(conn)):
         conn.execute(sa.update(flow_dispatch).where(mine).values(due_at=due))
         return None
     assert flow.wait_json is not None

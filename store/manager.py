@@ -1,4 +1,7 @@
-"""The public way to change a flow: read, decide by a pure transition, write under the revision, try again on conflict."""
+"""The public way to change a flow.
+
+Read, decide by a pure transition, write under the revision, try again on conflict.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -96,6 +100,11 @@ def _new_flow(mode: FlowMode, status: FlowStatus, fields: Mapping[str, Any]) -> 
 
 def _request_cancel(flow: Flow) -> Transition | None:
     return None if flow.cancel_requested and not flow.status.is_terminal else transitions.request_cancel(flow)
+
+
+def _pause(flow: Flow) -> Transition:
+    # This node's clock will do: whether paused_at is set decides, its value is for people.
+    return transitions.pause(flow, datetime.now(UTC))
 
 
 def _waiting(wait: AnyWait) -> Decide:
@@ -204,7 +213,7 @@ class FlowManager:
 
     def pause(self, flow_id: UUID, *, owner_session_key: str | None = None) -> Flow:
         """Keeps workers from driving the flow until :meth:`unpause`; nothing else changes."""
-        return self.change(flow_id, transitions.pause, owner_session_key=owner_session_key)
+        return self.change(flow_id, _pause, owner_session_key=owner_session_key)
 
     def unpause(self, flow_id: UUID, *, owner_session_key: str | None = None) -> Flow:
         """Lets workers drive the flow again."""
@@ -337,7 +346,7 @@ class AsyncFlowManager:
         return await self.change(flow_id, transitions.cancel, owner_session_key=owner_session_key)
 
     async def pause(self, flow_id: UUID, *, owner_session_key: str | None = None) -> Flow:
-        return await self.change(flow_id, transitions.pause, owner_session_key=owner_session_key)
+        return await self.change(flow_id, _pause, owner_session_key=owner_session_key)
 
     async def unpause(self, flow_id: UUID, *, owner_session_key: str | None = None) -> Flow:
         return await self.change(flow_id, transitions.unpause, owner_session_key=owner_session_key)

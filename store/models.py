@@ -79,9 +79,10 @@ class Record(BaseModel):
             raise InvalidData(field, first["msg"]) from None
 
     @classmethod
-    def of_row(cls, row: Mapping[str, Any]) -> Self:
+    def of_row(cls, row: Mapping[Any, Any]) -> Self:
         """The record of a row of our own tables; columns that are not fields are left out."""
-        return cls.model_construct(**{name: row[name] for name in cls.model_fields if name in row})
+        fields = {name: row[name] for name in cls.model_fields if name in row}
+        return cls.model_construct(**fields)  # type: ignore[return-value]
 
     def but(self, **changes: Any) -> Self:
         """The same record with some fields changed, validated."""

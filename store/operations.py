@@ -104,7 +104,7 @@ def insert_created(conn: Connection, flow: Flow, payload: dict[str, Any]) -> boo
 
 @reads
 def find_created(conn: Connection, flow: Flow) -> bool | None:
-    """Whether :func:`insert_created` committed and only its reply was lost: the event carries the flow's id as write id."""
+    """Whether :func:`insert_created` committed and only its reply was lost: its event's write id is the flow's id."""
     mine = sa.select(flow_events.c.id).where(flow_events.c.flow_id == flow.id, flow_events.c.write_id == flow.id)
     return True if conn.scalar(mine) is not None else None
 
@@ -112,14 +112,14 @@ def find_created(conn: Connection, flow: Flow) -> bool | None:
 @reads
 def get_flow(conn: Connection, flow_id: UUID) -> Flow | None:
     row = conn.execute(sa.select(*FLOW_COLUMNS).where(flows.c.id == flow_id)).mappings().first()
-    return row and Flow.of_row(row)
+    return None if row is None else Flow.of_row(row)
 
 
 @reads
 def find_by_key(conn: Connection, controller_id: str, key: str) -> Flow | None:
     mine = sa.select(*FLOW_COLUMNS).where(flows.c.controller_id == controller_id, flows.c.idempotency_key == key)
     row = conn.execute(mine).mappings().first()
-    return row and Flow.of_row(row)
+    return None if row is None else Flow.of_row(row)
 
 
 @writes
@@ -127,7 +127,7 @@ def lock_flow(conn: Connection, flow_id: UUID) -> Flow | None:
     """The flow, its row locked until the transaction ends. FOR NO KEY UPDATE lets events be inserted meanwhile."""
     locked = sa.select(*FLOW_COLUMNS).where(flows.c.id == flow_id).with_for_update(key_share=True)
     row = conn.execute(locked).mappings().first()
-    return row and Flow.of_row(row)
+    return None if row is None else Flow.of_row(row)
 
 
 @reads
@@ -225,9 +225,18 @@ def find_change(conn: Connection, change: Change) -> tuple[Flow, int | None] | N
 
 
 def change_to(flow: Flow, kind: str | None, payload: dict[str, Any]) -> Change:
-    """The change that stores ``flow`` as given, told by the caller's own words."""
+    """The change that stores ``flow`` as given, told by the caller's own words.
+
+    Raises:
+        InvalidData: the payload is not JSON, or the kind is no name.
+    """
+    if kind is not None:
+        check_name("kind", kind)
+        encode_json("payload", payload)
     kept = ("id", "revision", "created_at", "updated_at", "finished_at")
     columns = {name: value for name, value in dict(flow).items() if name not in kept}
+    if flow.status not in TERMINAL:
+        columns["finished_at"] = None  # an ended flow may be opened again by hand
     drive = follow_up(flow.status, flow.wait_json, kind or "updated")
     return Change(flow.id, flow.revision, kind, columns, payload, tells_columns=False, drive=drive)
 
@@ -325,7 +334,7 @@ def find_step_by_run_id(conn: Connection, flow_id: UUID, run_id: str) -> FlowSte
 
 def _step(conn: Connection, where: sa.ColumnElement[bool]) -> FlowStep | None:
     row = conn.execute(sa.select(flow_steps).where(where)).mappings().first()
-    return row and FlowStep.of_row(row)
+    return None if row is None else FlowStep.of_row(row)
 
 
 @reads
@@ -379,12 +388,15 @@ def prune_batch(conn: Connection, retain_days: int, batch: int = PRUNE_BATCH) ->
     """
     if retain_days < 0:
         raise InvalidData("retain_days", "must not be negative")
-    before = now(conn) - timedelta(days=retain_days)
+    try:
+        before = now(conn) - timedelta(days=retain_days)
+    except OverflowError:  # for ever
+        return 0
     parent = flows.alias("parent")
     open_parent = sa.exists().where(parent.c.id == flows.c.parent_flow_id, parent.c.finished_at.is_(None))
     ended = (
         sa.select(flows.c.id)
-        .where(flows.c.finished_at < before, ~open_parent)
+        .where(flows.c.finished_at < before, flows.c.status.in_(TERMINAL), ~open_parent)
         .order_by(flows.c.finished_at)
         .limit(batch)
         .with_for_update(skip_locked=True)

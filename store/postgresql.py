@@ -3,7 +3,8 @@
 Three rules hold throughout (each stands here because its absence was seen to lose or double work):
 
 - Time is ``statement_timestamp()``: the database's clock, one value within a statement, and unlike
-  ``clock_timestamp()`` usable as an index condition; unlike ``now()`` it does not stand still in a caller's transaction.
+  ``clock_timestamp()`` usable as an index condition; unlike ``now()`` it does not stand still in a caller's
+  transaction.
 - What follows a guarded UPDATE or DELETE takes its rows from that one's RETURNING, never from the input: if the guard
   refuses, nothing at all is written.
 - Rows are locked in one order: flow, member rows, steps and events, drive row last.
@@ -26,9 +27,9 @@ from celery_flows.store.models import Flow, FlowStep
 from celery_flows.store.tables import FLOW_COLUMNS, UtcDateTime, flow_steps, flows
 from celery_flows.store.validation import encode_json
 
-Row = Mapping[str, Any]
+Row = Mapping[Any, Any]
 
-_DIALECT = postgresql.dialect()
+_DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
 _TYPES = {c.name: c.type.compile(dialect=_DIALECT) for table in (flows, flow_steps) for c in table.c}
 _JSON = frozenset(name for name, type_ in _TYPES.items() if type_ == "JSONB")
 _FLOW = ", ".join(c.name for c in FLOW_COLUMNS)
@@ -63,9 +64,10 @@ def now(conn: Connection) -> Any:
 def change(conn: Connection, what: Change) -> Row | None:
     """Writes the change if the flow is still at its revision; gives the stored row, or None if it is not."""
     columns = what.stored_columns()
+    drive: Any = type(what.drive)
     statement = _change_statement(
         tuple(columns), what.kind is not None, what.moves_rest, what.step is not None, min(len(what.members), 2),
-        type(what.drive), what.forgive, isinstance(what.drive, Park) and what.drive.join is not None,
+        drive, what.forgive, isinstance(what.drive, Park) and what.drive.join is not None,
     )  # fmt: skip
     return conn.execute(statement, _change_parameters(what, columns)).mappings().first()
 
@@ -106,8 +108,9 @@ def _change_statement(
 
 _STEP_SQL = f"""s AS (INSERT INTO flow_steps (id, flow_id, runtime, run_id, task, status, result_json, error_json,
     args_json, position, attempt, created_at, updated_at)
-  SELECT :s_id, u.id, 'managed', :s_run_id, :s_task, :s_status, {param("s_result", "jsonb")}, {param("s_error", "jsonb")},
-    {param("s_args", "jsonb")}, {param("s_position", "integer")}, {param("s_attempt", "integer")},
+  SELECT :s_id, u.id, 'managed', :s_run_id, :s_task, :s_status, {param("s_result", "jsonb")},
+    {param("s_error", "jsonb")}, {param("s_args", "jsonb")}, {param("s_position", "integer")},
+    {param("s_attempt", "integer")},
     u.updated_at - CAST(:s_elapsed AS bigint) * interval '1 microsecond', u.updated_at FROM u
   ON CONFLICT (flow_id, run_id) DO UPDATE SET status = excluded.status, result_json = excluded.result_json,
     error_json = excluded.error_json, attempt = excluded.attempt, updated_at = excluded.updated_at
@@ -135,15 +138,15 @@ def _members_sql(count: int) -> list[str]:
              created_at, updated_at)
            SELECT i.id, u.id, 'managed', i.run_id, i.task, 'pending', i.args, i.position, 1, u.updated_at, u.updated_at
            FROM u, i)""",
-        f"""m AS (INSERT INTO flow_dispatch (run_id, flow_id, kind, task, queue, priority, options, due_at, publish_count,
-             join_group)
+        f"""m AS (INSERT INTO flow_dispatch (run_id, flow_id, kind, task, queue, priority, options, due_at,
+             publish_count, join_group)
            SELECT i.run_id, u.id, 'step', i.task, i.queue, i.priority, i.options, {AFTER.format("first_pause")}, 1,
              {param("group", "integer")} FROM u, i RETURNING 1)""",
         """e AS (INSERT INTO flow_events (flow_id, revision, kind, payload_json, at, write_id)
            SELECT u.id, CASE WHEN i.n = 1 THEN u.revision END, 'step_scheduled',
-             CASE WHEN i.n = 1 THEN CAST(:told AS jsonb) ELSE CAST('{}' AS jsonb) END || jsonb_build_object('run_id', i.run_id, 'step',
-               jsonb_build_object('id', i.id, 'runtime', 'managed', 'task', i.task, 'status', 'pending',
-                 'position', i.position, 'attempt', 1, 'args_json', i.args)),
+             CASE WHEN i.n = 1 THEN CAST(:told AS jsonb) ELSE CAST('{}' AS jsonb) END
+               || jsonb_build_object('run_id', i.run_id, 'step', jsonb_build_object('id', i.id, 'runtime', 'managed',
+                 'task', i.task, 'status', 'pending', 'position', i.position, 'attempt', 1, 'args_json', i.args)),
              u.updated_at, CASE WHEN i.n = 1 THEN CAST(:write_id AS uuid) END FROM u, i ORDER BY i.n RETURNING id)""",
     ]
 
@@ -165,7 +168,8 @@ def _drive_sql(drive: type[Any], forgive: bool, joins: bool) -> list[str]:
         # The revision moved with the claim, so u is not empty only if the fence is still ours; worker may have been
         # taken off by a sweep meanwhile, which changes nothing.
         join = (
-            f"""open_members = d.open_members + {param("inserted", "integer")}, join_group = {param("group", "integer")},
+            f"""open_members = d.open_members + {param("inserted", "integer")},
+                join_group = {param("group", "integer")},
                 join_good = {param("good", "integer")}, join_bad = {param("bad", "integer")},"""
             if joins
             else ""
@@ -236,7 +240,8 @@ _NEW = ", ".join(f"{param(c.name, _TYPES[c.name])}" for c in FLOW_COLUMNS)
 @lru_cache(maxsize=2)
 def _create_statement(driven: bool) -> sa.TextClause:
     drive = f""", d AS (INSERT INTO flow_dispatch (run_id, flow_id, kind, task, queue, priority, due_at, publish_count)
-        SELECT CAST(u.id AS text), u.id, 'drive', :d_task, :d_queue, CAST(:d_priority AS smallint), {AFTER.format("d_pause")}, 1 FROM u)"""
+        SELECT CAST(u.id AS text), u.id, 'drive', :d_task, :d_queue, CAST(:d_priority AS smallint),
+          {AFTER.format("d_pause")}, 1 FROM u)"""
     return sa.text(
         f"""WITH u AS (INSERT INTO flows ({_FLOW}, rest_at, wait_key)
               SELECT {_NEW}, {NOW}, :wait_key ON CONFLICT DO NOTHING RETURNING id, revision, created_at),
@@ -275,10 +280,12 @@ _TAKE = f"""fence = d.fence + 1, worker = :worker, due_at = {AFTER.format("lease
 _CLAIM_DRIVE = sa.text(
     f"""WITH f AS (SELECT id, status AS was FROM flows
           WHERE id = :flow_id AND status IN ('created', 'running', 'waiting') AND paused_at IS NULL FOR NO KEY UPDATE),
-        d AS (UPDATE flow_dispatch d SET {_TAKE} FROM f WHERE d.run_id = CAST(f.id AS text) AND d.task IS NOT NULL AND {_CLAIMABLE}
+        d AS (UPDATE flow_dispatch d SET {_TAKE} FROM f
+          WHERE d.run_id = CAST(f.id AS text) AND d.task IS NOT NULL AND {_CLAIMABLE}
           RETURNING d.flow_id, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue),
         u AS (UPDATE flows SET status = CASE WHEN cancel_requested THEN status ELSE 'running' END,
-            wait_json = CASE WHEN cancel_requested THEN wait_json END, wait_key = CASE WHEN cancel_requested THEN wait_key END,
+            wait_json = CASE WHEN cancel_requested THEN wait_json END,
+            wait_key = CASE WHEN cancel_requested THEN wait_key END,
             revision = revision + 1, updated_at = {NOW}, rest_at = {NOW}
           FROM d WHERE flows.id = d.flow_id RETURNING {_FLOW}),
         e AS (INSERT INTO flow_events (flow_id, revision, kind, payload_json, at)
@@ -287,7 +294,8 @@ _CLAIM_DRIVE = sa.text(
             jsonb_build_object('set', jsonb_build_object('status', u.status, 'wait_json', u.wait_json),
               'worker', CAST(:worker AS text), 'fence', d.fence), u.updated_at
           FROM u, d, f)
-        SELECT u.*, f.was, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue, {NOW} AS now FROM u, d, f"""
+        SELECT u.*, f.was, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue, {NOW} AS now
+        FROM u, d, f"""
 ).columns(*FLOW_COLUMNS)
 
 
@@ -322,7 +330,8 @@ def claim_step(conn: Connection, run_id: str, worker: str, lease: float, repeat:
 MET = """(d.open_members <= x.n OR (d.join_group = x.grp AND (d.join_good <= x.ok OR d.join_bad < x.n - x.ok)))"""
 _COMPLETE = sa.text(
     f"""WITH r AS (DELETE FROM flow_dispatch
-          WHERE run_id = :run_id AND kind = 'step' AND fence = :fence AND worker IS NOT DISTINCT FROM CAST(:worker AS text)
+          WHERE run_id = :run_id AND kind = 'step' AND fence = :fence
+            AND worker IS NOT DISTINCT FROM CAST(:worker AS text)
           RETURNING flow_id, run_id, join_group),
         s AS (UPDATE flow_steps t SET status = :status, result_json = CAST(:result AS jsonb),
             error_json = CAST(:error AS jsonb), updated_at = {NOW}
@@ -362,8 +371,8 @@ _SWEEP = sa.text(
           ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED)
         UPDATE flow_dispatch d SET worker = NULL, publish_count = d.publish_count + 1,
           crash_count = d.crash_count + CASE WHEN d.worker IS NULL THEN 0 ELSE 1 END,
-          due_at = {NOW} + make_interval(secs => least(CAST(:first AS double precision) * (1 << least(d.publish_count, 20)),
-            CAST(:cap AS double precision)))
+          due_at = {NOW} + make_interval(secs => least(
+            CAST(:first AS double precision) * (1 << least(d.publish_count, 20)), CAST(:cap AS double precision)))
         FROM c WHERE d.run_id = c.run_id
         RETURNING d.run_id, d.flow_id, d.kind, d.task, d.queue, d.priority, d.options, d.fence, d.crash_count,
           d.publish_count"""
@@ -389,8 +398,9 @@ _OBSERVE = sa.text(
           RETURNING *),
         e AS (INSERT INTO flow_events (flow_id, kind, payload_json, at)
           SELECT s.flow_id, 'step_observed', jsonb_build_object('run_id', s.run_id, 'step', jsonb_build_object(
-            'id', s.id, 'runtime', s.runtime, 'child_session_key', s.child_session_key, 'task', s.task, 'status', s.status,
-            'result_json', s.result_json, 'error_json', s.error_json, 'position', s.position, 'attempt', s.attempt)),
+            'id', s.id, 'runtime', s.runtime, 'child_session_key', s.child_session_key, 'task', s.task,
+            'status', s.status, 'result_json', s.result_json, 'error_json', s.error_json, 'position', s.position,
+            'attempt', s.attempt)),
             s.updated_at FROM s)
         SELECT s.* FROM s"""
 ).columns(*flow_steps.c)

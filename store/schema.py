@@ -9,7 +9,6 @@ from pathlib import Path
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
@@ -46,7 +45,10 @@ def check(conn: Connection) -> None:
 @reads
 def current(conn: Connection) -> str | None:
     """The version the database is at; None: it has no tables of ours."""
-    return MigrationContext.configure(conn, opts={"version_table": VERSION_TABLE}).get_current_revision()
+    if not sa.inspect(conn).has_table(VERSION_TABLE):
+        return None
+    found: str | None = conn.scalar(sa.select(sa.column("version_num")).select_from(sa.table(VERSION_TABLE)))
+    return found
 
 
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:

@@ -19,7 +19,7 @@ from celery_flows.store.changes import Change, Completion, Drive, End, Member, P
 from celery_flows.store.models import OPEN, OPEN_STEP, Flow, FlowStatus, FlowStep, FlowStepStatus
 from celery_flows.store.tables import FLOW_COLUMNS, UtcDateTime, flow_dispatch, flow_events, flow_steps, flows
 
-Row = Mapping[str, Any]
+Row = Mapping[Any, Any]
 
 _NOW = func.strftime("%Y-%m-%d %H:%M:%f000", "now", type_=sa.Text())
 _d, _s = flow_dispatch.c, flow_steps.c

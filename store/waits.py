@@ -55,7 +55,7 @@ class ExternalEventWait(_Wait):
 
     @field_serializer("timeout_at")
     def _iso(self, value: datetime | None) -> str | None:
-        return value and value.isoformat()
+        return None if value is None else value.isoformat()
 
 
 class ManualWait(_Wait):

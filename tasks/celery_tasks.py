@@ -1,0 +1,73 @@
+"""Our Celery tasks. Their messages carry ids only; what is to be done stands in the store."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from celery import Celery
+
+from celery_flows.store import InvalidData
+from celery_flows.store.validation import check_name
+from celery_flows.tasks import maintenance
+from celery_flows.tasks.drive import drive
+from celery_flows.tasks.publish import DRIVE_TASK, STEP_TASK
+from celery_flows.tasks.runtime import Runtime, worker_token
+from celery_flows.tasks.steps import delivery_of, parse_id, run_step
+
+log = logging.getLogger("celery_flows.tasks")
+
+SWEEP_TASK, PRUNE_TASK, START_TASK = "flows.sweep", "flows.prune", "flows.start"
+
+# Early acknowledgement: the store sends what was lost again, so a late one would only bring redelivery loops,
+# RabbitMQ's consumer timeout and Redis' visibility timeout. No result backend: the store is the truth.
+OPTIONS: dict[str, Any] = {
+    "bind": True,
+    "acks_late": False,
+    "reject_on_worker_lost": False,
+    "ignore_result": True,
+    "serializer": "json",
+    "max_retries": 0,
+    "typing": False,
+    "rate_limit": None,
+}
+
+
+def register(app: Celery, runtime: Runtime) -> None:
+    """Adds our tasks to the app; nothing else of it changes."""
+
+    @app.task(name=DRIVE_TASK, **OPTIONS)
+    def drive_flow(self: Any, flow_id: Any = None, **_: Any) -> None:
+        try:
+            flow = parse_id("flow_id", flow_id)
+        except InvalidData as error:
+            log.warning("a message is dropped: %s", error)
+            return
+        drive(runtime, flow, worker_token(os.getpid(), self.request.id))
+
+    @app.task(name=STEP_TASK, **OPTIONS)
+    def run_flow_step(self: Any, run_id: Any = None, **_: Any) -> None:
+        try:
+            check_name("run_id", run_id)
+        except InvalidData as error:
+            log.warning("a message is dropped: %s", error)
+            return
+        run_step(runtime, run_id, delivery_of(self.request, worker_token(os.getpid(), self.request.id)))
+
+    @app.task(name=SWEEP_TASK, **OPTIONS)
+    def sweep(self: Any) -> None:
+        maintenance.sweep(runtime)
+
+    @app.task(name=PRUNE_TASK, **OPTIONS)
+    def prune(self: Any, retain_days: int | None = None) -> None:
+        maintenance.prune(runtime, retain_days)
+
+    @app.task(name=START_TASK, **{**OPTIONS, "ignore_result": False})
+    def start(self: Any, name: str, input: Any = None, **options: Any) -> str:
+        """Starts a flow from any Celery client: ``app.send_task("flows.start", kwargs={"name": …, "input": …})``.
+
+        The key defaults to this task's id, so a message that is delivered twice starts one flow.
+        """
+        definition = runtime.registry.require(name)
+        return str(definition.start(input, **{"key": self.request.id, **options}).id)

@@ -1,0 +1,346 @@
+"""The driver: runs a flow function for as long as it holds the flow's lease, and writes what it comes to."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
+from typing import Any, NoReturn
+from uuid import UUID
+
+from celery import Celery
+
+from celery_flows.store import (
+    FlowError,
+    FlowNotFound,
+    FlowStatus,
+    FlowStep,
+    FlowStepStatus,
+    InvalidData,
+    LeaseLost,
+    RevisionMismatch,
+    StoreError,
+    dispatch,
+    transitions,
+)
+from celery_flows.store import operations as op
+from celery_flows.store.changes import Change, End, Join, Member, Park, StepWrite
+from celery_flows.store.clock import boottime
+from celery_flows.store.dispatch import DriveClaim
+from celery_flows.store.models import TERMINAL
+from celery_flows.store.script import Call
+from celery_flows.store.waits import ExternalEventWait, TimerWait, event_key, wait_json
+from celery_flows.tasks.emit import hand_over
+from celery_flows.tasks.errors import FlowCancelled
+from celery_flows.tasks.payloads import describe
+from celery_flows.tasks.registry import FlowDefinition
+from celery_flows.tasks.run import WAIT_TIMED_OUT, Run, Suspended
+from celery_flows.tasks.runtime import Runtime
+
+log = logging.getLogger("celery_flows.drive")
+
+UNKNOWN_PAUSE_SECONDS = 60.0  # before a flow of unknown definition is offered again
+
+
+def drive(runtime: Runtime, flow_id: UUID, worker: str) -> None:
+    """Drives the flow until it waits, ends, or belongs to somebody else. A duplicate message finds nothing to claim."""
+    while (driver := _claimed(runtime, flow_id, worker)) is not None:
+        if not driver.run():
+            return
+
+
+def _claimed(runtime: Runtime, flow_id: UUID, worker: str) -> Driver | None:
+    asked_at = boottime()
+    lease = runtime.settings.lease_seconds
+    claim = runtime.store.attempt(Call(dispatch.claim_drive, (flow_id, worker, lease)), again={"repeat": True})
+    return None if claim is None else Driver(runtime, claim, asked_at)
+
+
+class Driver:
+    """One claim's worth of driving: its lease, the flow's revision as last written, and the history as read."""
+
+    def __init__(self, runtime: Runtime, claim: DriveClaim, asked_at: float) -> None:
+        self.runtime = runtime
+        self.app: Celery = runtime.app
+        self.flow = claim.flow
+        self.history: dict[str, FlowStep] = {}
+        self.max_payload_bytes = runtime.settings.max_payload_bytes
+        self._claim = claim
+        self._holder = claim.holder
+        self._revision = claim.flow.revision
+        self._status = claim.flow.status
+        self._state: Mapping[str, Any] = claim.flow.state_json
+        self._cancel_requested = claim.flow.cancel_requested
+        self._paused = False
+        self._crashed = claim.crash_count > 0
+        self._over = False  # nothing more may be done under this claim
+        self._due_again = False
+        self._lease_until = asked_at + runtime.settings.lease_seconds
+        self._claimed_at = boottime()
+
+    # ---- one pass over the flow function ----
+
+    def run(self) -> bool:
+        """Runs the flow function; True: the flow is due again already, claim it anew."""
+        definition = self.runtime.registry.get(self.flow.controller_id)
+        if definition is None:
+            log.error(
+                "no flow definition %r here; flow %s waits for a worker that has it",
+                self.flow.controller_id,
+                self.flow.id,
+            )
+            self.runtime.store.run(dispatch.hand_back, self._holder, UNKNOWN_PAUSE_SECONDS)
+            return False
+        try:
+            self._run(definition)
+        except Suspended:
+            pass
+        except LeaseLost as lost:
+            log.info("%s", lost)
+        except BaseException:
+            # The process is told to stop, or the store cannot be reached: hand the flow back unharmed, if that works.
+            with suppress(FlowError):
+                self.runtime.store.run(dispatch.hand_back, self._holder)
+            raise
+        return self._due_again
+
+    def _run(self, definition: FlowDefinition[Any, Any]) -> None:
+        if self._cancel_requested:
+            self._drain()
+        if not self._claim.began:
+            steps = self.runtime.store.run(dispatch.read_history, self.flow.id)
+            self.history = {step.run_id: step for step in steps}
+        try:
+            arguments = [definition.input.decode("input", self.flow.input_json)] if definition.takes_input else []
+            value = definition.function(Run(self), *arguments)
+            result = json.loads(definition.output.encode("result", value, self.max_payload_bytes))
+        except FlowCancelled:
+            self._end(self._cancelled)
+        except Exception as error:
+            self._end_failed(error)
+        else:
+            self._end(lambda: ("finished", {"status": FlowStatus.FINISHED, "result_json": result}))
+
+    # ---- the end ----
+
+    def _end(self, outcome: Callable[[], tuple[str, dict[str, Any]]]) -> None:
+        if self._over:  # the function caught what was to unwind it
+            raise Suspended
+        try:
+            self._write(outcome, drive=End(), illegal_after_cancel=outcome != self._cancelled)
+        except FlowCancelled:
+            self._end(self._cancelled)
+
+    def _cancelled(self) -> tuple[str, dict[str, Any]]:
+        return "cancelled", {"status": FlowStatus.CANCELLED, "cancel_requested": True, "wait_json": None}
+
+    def _end_failed(self, error: Exception) -> None:
+        if self._claim.open_members and not self._over:
+            self._drain()
+
+        def failed() -> tuple[str, dict[str, Any]]:
+            flow = self.flow.model_copy(update={"state_json": self._state, "status": FlowStatus.RUNNING})
+            failure = transitions.fail(flow, type(error).__name__, describe(error))
+            return failure.kind, failure.columns
+
+        log.warning("flow %s of %r failed: %s", self.flow.id, self.flow.controller_id, type(error).__name__)
+        self._end(failed)
+
+    def _drain(self) -> None:
+        """Cancelling and failing begin here: members nobody has claimed are cancelled, the others waited for."""
+        with self._unwinding():
+            left = self.runtime.store.run(dispatch.drain, self.flow.id, self._holder)
+        if left:
+            self._park_and_suspend(None)
+
+    # ---- what Run asks ----
+
+    def clock(self) -> float:
+        """Seconds of this process's own clock, to measure with."""
+        return boottime()
+
+    def now(self) -> datetime:
+        """The database's clock: as of the claim, plus what has passed here since."""
+        return self._claim.now + timedelta(seconds=boottime() - self._claimed_at)
+
+    def check_horizon(self, at: datetime) -> None:
+        """Refuses a timer past ``flow_timer_horizon_days``.
+
+        Raises:
+            InvalidData: it is.
+        """
+        days = self.runtime.settings.timer_horizon_days
+        if days is not None and at > self.now() + timedelta(days=days):
+            raise InvalidData("timer", f"is more than {days:g} days away (flow_timer_horizon_days)")
+
+    def must_stop(self, *, cleaning: bool) -> bool:
+        """Asked before anything new happens; True: the flow is cancelled, and has not been told yet.
+
+        Unwinds the flow function when the claim is over, the flow is paused, or members are still running.
+        """
+        if self._over:
+            raise Suspended
+        if self._paused:
+            self._park_and_suspend(None)
+        if self._cancel_requested and not cleaning:
+            if self._claim.open_members:
+                self._drain()
+            return True
+        return False
+
+    def check_lease(self) -> None:
+        """Renews the lease if it may have ended, by this process's own clock; before every step that runs here."""
+        if boottime() < self._lease_until:
+            return
+        asked_at, lease = boottime(), self.runtime.settings.lease_seconds
+        with self._unwinding():
+            if not self.runtime.store.run(dispatch.renew_own, self._holder, lease):
+                raise LeaseLost(self._holder.run_id)
+        self._lease_until = asked_at + lease
+
+    def record(self, step: StepWrite, *, current_step: str) -> None:
+        """Writes a step's outcome; it has committed when this returns."""
+        with self._unwinding():
+            self._write(
+                lambda: (f"step_{step.status.value}", {"current_step": current_step}), step=step, forgive=self._crashed
+            )
+
+    def join(self, members: Sequence[Member], *, good: int, bad: int) -> NoReturn:
+        """Schedules members and suspends until ``good`` of them have succeeded or more than ``bad`` have failed.
+
+        Without new members the join that is waited for already is left as it is: its counters have moved meanwhile.
+        """
+        if not members:
+            self._park_and_suspend(None)
+        join = Join(self._claim.join_group + 1, good, bad)
+        pause = self.runtime.first_pause + 0.005 * len(members)  # publishing many takes a while itself
+        with self._unwinding():
+            self._write(
+                lambda: ("step_scheduled", {"current_step": members[0].task}),
+                members=tuple(members), first_pause=pause, forgive=self._crashed,
+                drive=Park(self._holder, self._claim.wakes, None, join),
+            )  # fmt: skip
+        self._over = True
+        self.runtime.publisher.publish(
+            *(
+                dispatch.Hint(m.run_id, self.flow.id, "step", m.task, m.queue, m.priority, dict(m.options or {}))
+                for m in members
+            )
+        )
+        raise Suspended
+
+    def wait(self, timer: TimerWait, step: StepWrite) -> NoReturn:
+        """Parks the flow until the timer is due, in one transaction, and suspends."""
+        with self._unwinding():
+            self._write(
+                lambda: ("waiting", {"status": FlowStatus.WAITING, "wait_json": wait_json(timer)}),
+                step=step, drive=Park(self._holder, self._claim.wakes, timer.at), illegal_after_cancel=True,
+            )  # fmt: skip
+        self._over = True
+        raise Suspended
+
+    def wait_for_event(self, wait: ExternalEventWait, step: StepWrite) -> FlowStep:
+        """Waits for an external event, and gives the closed wait step if the event is there, or its time is up.
+
+        In three steps: the transition with the row still leased; in new statements, a look; the park. Whichever of
+        event and wait commits last, its look sees both. The look also comes before a timeout is taken.
+        """
+        with self._unwinding():
+            self._write(
+                lambda: ("waiting", {"status": FlowStatus.WAITING, "wait_json": wait_json(wait)}),
+                step=step, illegal_after_cancel=True,
+            )  # fmt: skip
+            while True:
+                hand_over(self.runtime, event_key(wait.topic, wait.correlation_id), own=self.flow.id)
+                stored = self.runtime.store.run(op.find_step_by_run_id, self.flow.id, step.run_id)
+                assert stored is not None
+                if stored.status.is_terminal:
+                    self._look_again()  # the look moved the flow's revision
+                    return stored
+                if wait.timeout_at is None or self.now() < wait.timeout_at:
+                    break
+                if self._take_timeout(step):
+                    return stored.but(status=FlowStepStatus.FAILED, error_json={"type": WAIT_TIMED_OUT, "message": ""})
+        return self._park_and_suspend(wait.timeout_at)
+
+    def _take_timeout(self, step: StepWrite) -> bool:
+        """Closes the wait as timed out; False: the event came first."""
+        timed_out = StepWrite(
+            step.run_id, step.task, FlowStepStatus.FAILED, step.position, args=step.args, id=step.id,
+            error={"type": WAIT_TIMED_OUT, "message": ""},
+        )  # fmt: skip
+        columns = {"status": FlowStatus.RUNNING, "wait_json": None}
+        change = Change(self.flow.id, self._revision, "resumed", columns, {"timed_out": True}, step=timed_out)
+        try:
+            self.runtime.store.change(change)
+        except RevisionMismatch:
+            self._look_again()
+            return False
+        self._revision += 1
+        return True
+
+    # ---- writing under the lease ----
+
+    def _write(
+        self, outcome: Callable[[], tuple[str, dict[str, Any]]], *, illegal_after_cancel: bool = False, **more: Any
+    ) -> None:
+        """Writes one revision. On conflict: reads where flow and lease stand, and writes again what is still legal.
+
+        Raises:
+            LeaseLost: another driver has taken over, or the flow has ended.
+            FlowCancelled: cancel was requested, and only cancelled may follow.
+        """
+        while True:
+            if illegal_after_cancel and self._cancel_requested:
+                raise FlowCancelled(self.flow.id)
+            kind, columns = outcome()
+            try:
+                self.runtime.store.change(Change(self.flow.id, self._revision, kind, columns, **more))
+            except RevisionMismatch:
+                self._look_again()
+            except FlowNotFound:
+                raise LeaseLost(self._holder.run_id) from None
+            else:
+                self._revision += 1
+                self._crashed = self._crashed and not more.get("forgive", False)
+                return
+
+    def _look_again(self) -> None:
+        standing = self.runtime.store.run(dispatch.standing, self.flow.id)
+        if standing is None or standing.fence != self._holder.fence or standing.status in TERMINAL:
+            raise LeaseLost(self._holder.run_id)
+        self._revision = standing.revision
+        self._state = standing.state
+        self._cancel_requested = standing.cancel_requested
+        self._paused = standing.paused
+
+    def _park_and_suspend(self, due_at: datetime | None) -> NoReturn:
+        with self._unwinding():
+            self._due_again = self.runtime.store.run(dispatch.park, Park(self._holder, self._claim.wakes, due_at))
+        self._over = True
+        raise Suspended
+
+    def _unwinding(self) -> _Unwinding:
+        return _Unwinding(self)
+
+    def end_claim(self, reason: Exception) -> None:
+        """Nothing more may be done: the lease is lost, or the store cannot be reached."""
+        self._over = True
+        log.warning("flow %s: driving stops (%s)", self.flow.id, type(reason).__name__)
+
+
+class _Unwinding:
+    """Turns what ends a claim into :class:`Suspended`, which a flow function's ``except Exception`` lets pass."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, LeaseLost | StoreError):
+            self._driver.end_claim(error)
+            raise Suspended from error

@@ -1,0 +1,120 @@
+"""What the application holds of a flow it started."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from uuid import UUID
+
+from celery_flows.store import Flow, FlowManager, FlowStatus, dispatch
+from celery_flows.tasks.errors import FlowCancelled, FlowFailed, ResultTimedOut
+from celery_flows.tasks.publish import Transaction, after_commit
+
+if TYPE_CHECKING:
+    from celery_flows.tasks.registry import FlowDefinition
+    from celery_flows.tasks.runtime import Runtime
+
+Out = TypeVar("Out")
+
+# A poll overshoots by at most half of what has been waited so far, and costs one look-up by primary key.
+FIRST_POLL_SECONDS, POLL_FACTOR, MAX_POLL_SECONDS, PATIENT_POLL_SECONDS, PATIENT_AFTER_SECONDS = (
+    0.002,
+    1.5,
+    0.25,
+    1.0,
+    30,
+)
+
+
+class FlowHandle(Generic[Out]):
+    """A flow's id, and what can be asked of it. Reads the store, never the broker."""
+
+    def __init__(self, runtime: Runtime, flow_id: UUID, definition: FlowDefinition[Any, Out] | None = None) -> None:
+        self.id = flow_id
+        self._runtime = runtime
+        self._definition = definition
+
+    def __repr__(self) -> str:
+        return f"FlowHandle({self.id})"
+
+    def get(self) -> Flow:
+        """The flow as stored now.
+
+        Raises:
+            FlowNotFound: it was never committed, or it was pruned.
+        """
+        return self._runtime.manager.get(self.id)
+
+    def status(self) -> FlowStatus:
+        """The flow's status now."""
+        return self.get().status
+
+    def result(self, timeout: float | None = None) -> Out:
+        """Waits until the flow has ended and gives its result, validated by the flow function's annotation.
+
+        Args:
+            timeout: seconds; None waits for as long as it takes.
+
+        Raises:
+            FlowFailed: it failed; says why.
+            FlowCancelled: it was cancelled.
+            ResultTimedOut: it has not ended in time. The flow goes on.
+            FlowNotFound: as :meth:`get`.
+        """
+        flow = self._ended(timeout)
+        if flow.status is FlowStatus.CANCELLED:
+            raise FlowCancelled(self.id)
+        if flow.status is FlowStatus.FAILED:
+            error = flow.error_json or {}
+            reason = flow.state_json.get("failure", {}).get("reason", "unknown")
+            raise FlowFailed(self.id, reason, error.get("type", "unknown"), error.get("message", ""))
+        definition = self._definition or self._runtime.registry.get(flow.controller_id)
+        result: Out = flow.result_json if definition is None else definition.output.decode("result", flow.result_json)
+        return result
+
+    def _ended(self, timeout: float | None) -> Flow:
+        began = time.monotonic()
+        pause = FIRST_POLL_SECONDS
+        while not (flow := self.get()).status.is_terminal:
+            waited = time.monotonic() - began
+            if timeout is not None and waited >= timeout:
+                raise ResultTimedOut(self.id, timeout)
+            left = pause if timeout is None else min(pause, timeout - waited)
+            time.sleep(left)
+            longest = MAX_POLL_SECONDS if waited < PATIENT_AFTER_SECONDS else PATIENT_POLL_SECONDS
+            pause = min(pause * POLL_FACTOR, longest)
+        return flow
+
+    def cancel(self, *, session: Transaction | None = None) -> None:
+        """Asks the flow to cancel: sticky. It cleans up first, so ``status()`` may say cancelled only later.
+
+        Raises:
+            AlreadyTerminal: it has ended.
+            FlowNotFound: as :meth:`get`.
+        """
+        call(self._runtime, self.id, lambda manager: manager.request_cancel(self.id), session)
+
+    def resume(self, patch: dict[str, Any] | None = None) -> None:
+        """Resumes a flow that waits, merging ``patch`` into its state.
+
+        Raises:
+            IllegalTransition: it does not wait.
+            FlowNotFound: as :meth:`get`.
+        """
+        call(self._runtime, self.id, lambda manager: manager.resume(self.id, patch), None)
+
+
+def call(runtime: Runtime, flow_id: UUID, change: Any, transaction: Transaction | None) -> None:
+    """Makes a change that wakes the flow's driver, and tells the broker after the commit."""
+
+    def tell() -> None:
+        hint = runtime.store.run(dispatch.find_drive, flow_id)
+        if hint is not None:
+            runtime.publisher.publish(hint)
+
+    if transaction is None:
+        change(runtime.manager)
+        tell()
+    else:
+        change(FlowManager(runtime.store.using(transaction)))
+        after_commit(transaction, tell)

@@ -1,0 +1,88 @@
+"""The chores: sweep for due work, prune what is past its retention. Small, alike, and counting what they did."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+
+from celery_flows.store import FlowError, FlowStepStatus, dispatch, inbox
+from celery_flows.store.changes import Completion, Holder
+from celery_flows.store.dispatch import Swept
+from celery_flows.tasks.emit import hand_over
+from celery_flows.tasks.errors import StepLost
+from celery_flows.tasks.runtime import Runtime
+from celery_flows.tasks.waits import WaitEngine
+
+log = logging.getLogger("celery_flows.maintenance")
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What one sweep did."""
+
+    due: int = 0  # rows that needed somebody to look again
+    published: int = 0
+    lost: int = 0  # given up after too many crashes
+    handed_over: int = 0  # external events
+    settled: int = 0  # waits of flows that no definition drives
+
+
+def sweep(runtime: Runtime) -> SweepReport:
+    """Looks once for due work: frees lost leases, publishes what waits, hands over events, settles waits.
+
+    Any number of processes may sweep at once. Cost follows what is due, not what waits.
+    """
+    settings = runtime.settings
+    swept = runtime.store.run(
+        dispatch.sweep_due, settings.sweep_limit, settings.republish_seconds, settings.republish_max_seconds
+    )
+    lost = [row for row in swept if row.crash_count >= settings.max_crashes]
+    hints = [row.hint for row in swept if row.crash_count < settings.max_crashes]
+    for row in lost:
+        _give_up(runtime, row)
+    published = runtime.publisher.publish(*hints)
+    unsettled = runtime.store.run(dispatch.list_unsettled, settings.sweep_limit)
+    handed_over = sum(_hand_over_event(runtime, row.run_id) for row in unsettled if row.kind == "look")
+    ticked = WaitEngine(runtime.store).settle([row.flow_id for row in unsettled if row.flow_id is not None])
+    report = SweepReport(len(swept), published, len(lost), handed_over, ticked.resumed + ticked.cancelled)
+    if any(asdict(report).values()):
+        log.info("swept: %s", ", ".join(f"{count} {name}" for name, count in asdict(report).items() if count))
+    return report
+
+
+def _give_up(runtime: Runtime, row: Swept) -> None:
+    """Ends work that killed its workers too often; a step fails as lost, so that its flow may still catch it."""
+    hint = row.hint
+    log.error("%s %s of flow %s was lost %d times: given up", hint.kind, hint.task, hint.flow_id, row.crash_count)
+    if hint.kind == "drive":
+        runtime.store.run(dispatch.fail_lost, hint.flow_id, row.fence)
+        return
+    error = {"type": StepLost.__name__, "message": f"its workers died {row.crash_count} times"}
+    failed = Completion(Holder(hint.run_id, row.fence, None), hint.flow_id, FlowStepStatus.FAILED, error=error)
+    completed = runtime.store.run(dispatch.complete_step, failed)
+    if completed is not None and completed.woke:
+        drive = runtime.store.run(dispatch.find_drive, hint.flow_id)
+        runtime.publisher.publish(*filter(None, [drive]))
+
+
+def _hand_over_event(runtime: Runtime, event_id: str) -> int:
+    try:
+        key = runtime.store.run(inbox.key_of, event_id)
+        handed = 0 if key is None else hand_over(runtime, key)
+        runtime.store.run(inbox.drop_look, event_id)
+    except FlowError as error:
+        log.warning("an event is not handed over yet (%s)", type(error).__name__)
+        return 0
+    return handed
+
+
+def prune(runtime: Runtime, retain_days: int | None = None) -> int:
+    """Deletes terminal flows past their retention, in bounded batches; says how many. None: ``flow_retain_days``.
+
+    Raises:
+        InvalidData: for a negative number.
+    """
+    days = runtime.settings.retain_days if retain_days is None else retain_days
+    pruned = runtime.store.prune_terminal_flows(days)
+    log.info("pruned %d flows that ended more than %d days ago", pruned, days)
+    return pruned

@@ -1,0 +1,65 @@
+"""Celery signatures as steps: what of a signature goes into the store, and what into its message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery, Signature
+
+from celery_flows.store.changes import Member
+from celery_flows.store.errors import InvalidData
+from celery_flows.store.validation import check_name, encode_json
+from celery_flows.tasks.payloads import ANY, Codec, result_codec
+
+# What would make the broker, or Celery's canvas, the keeper of something that only the store may keep.
+REFUSED_OPTIONS = ("countdown", "eta", "expires", "link", "link_error", "chord")
+LIMITS = ("time_limit", "soft_time_limit")
+
+
+def task_name(signature: Any) -> str:
+    """The name a Celery step goes by: its task's.
+
+    Raises:
+        InvalidData: it is no signature of a single task.
+    """
+    if not isinstance(signature, Signature):
+        raise InvalidData("gather", f"takes Celery signatures, task.s(…), not {type(signature).__name__}")
+    if signature.subtask_type:
+        raise InvalidData("step", f"a Celery {signature.subtask_type} is no step: gather its tasks instead")
+    return check_name("step", signature.task)
+
+
+def member_of(app: Celery, run_id: str, position: int, signature: Signature[Any], limit: int) -> Member:
+    """The rows of a Celery step: queue, priority and time limits are the signature's, else the task's, else routed.
+
+    Raises:
+        InvalidData: its arguments cannot be JSON, or it has an option that a step cannot keep.
+    """
+    name, options = task_name(signature), dict(signature.options)
+    for option in REFUSED_OPTIONS:
+        if options.get(option):
+            raise InvalidData(
+                f"step {name}", f"has {option}=, which a step cannot keep; use run.sleep or further steps"
+            )
+    args, kwargs = tuple(signature.args), dict(signature.kwargs)
+    task: Any = app.tasks.get(name)
+    if task is not None:
+        options = {**task._get_exec_options(), **options}
+    routed = app.amqp.router.route(dict(options), name, args, kwargs, task)
+    limits = {limit_name: options[limit_name] for limit_name in LIMITS if options.get(limit_name) is not None}
+    queue = routed.get("queue")
+    return Member(
+        run_id=run_id,
+        task=name,
+        position=position,
+        args=encode_json(f"arguments of step {name}", {"args": list(args), "kwargs": kwargs}, limit=limit),
+        queue=getattr(queue, "name", queue),
+        priority=options.get("priority"),
+        options=limits or None,
+    )
+
+
+def codec_of(app: Celery, signature: Signature[Any]) -> Codec:
+    """How the step's result is read back: by the return annotation of its task's function."""
+    task = app.tasks.get(task_name(signature))
+    return ANY if task is None else result_codec(task.run)

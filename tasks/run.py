@@ -1,0 +1,248 @@
+"""Run: what a flow function is handed. Each of its methods is a recorded step."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+from uuid import UUID, uuid5
+
+from celery import Signature, Task
+
+from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
+from celery_flows.store.changes import StepWrite
+from celery_flows.store.clock import as_utc
+from celery_flows.store.validation import check_name
+from celery_flows.store.waits import ExternalEventWait, TimerWait
+from celery_flows.tasks.errors import FlowCancelled, StepFailed, StepLost, WaitTimedOut
+from celery_flows.tasks.members import codec_of, member_of, task_name
+from celery_flows.tasks.payloads import Codec, describe, read_back, result_codec
+
+if TYPE_CHECKING:
+    from celery_flows.tasks.drive import Driver
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+WAIT_TIMED_OUT = WaitTimedOut.__name__
+
+
+class Suspended(BaseException):
+    """Unwinds a flow function that waits or lost its lease; another claim goes on. Not an Exception, so that the
+    function's own ``except Exception`` lets it pass."""
+
+
+class Run:
+    """The flow's own view of itself.
+
+    Between steps a flow function may run again from the top, after a wait or a crash: recorded results are read back,
+    and the first step without one is where it goes on. So it must not act outside steps, and must come to the same
+    steps in the same order when their results are the same.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._calls: dict[str, int] = {}
+        self._position = 0
+        self._cleaning = False  # the flow is cancelled and has been told
+        self._inside: str | None = None  # the step that is running now
+        self.flow_id: UUID = driver.flow.id
+        self.owner: str = driver.flow.owner_session_key
+        self.logger = logging.LoggerAdapter(logging.getLogger("celery_flows.run"), {"flow_id": str(self.flow_id)})
+
+    # ---- steps ----
+
+    @overload
+    def step(self, work: Signature[T], /) -> T: ...
+    @overload
+    def step(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    def step(self, work: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Does a unit of work once and records its result; when replayed, reads it back.
+
+        A plain callable runs here. A Celery task or signature runs as a Celery task of its own, on its own queue, while
+        this worker does something else.
+
+        Raises:
+            StepFailed: it failed for good, now or in the run that is replayed.
+            InvalidData: arguments or result cannot be JSON.
+        """
+        if isinstance(work, Task | Signature):
+            return self.gather([work.s(*args, **kwargs) if isinstance(work, Task) else work])[0]
+        return self._inline(work, args, kwargs)
+
+    def gather(self, members: Iterable[Signature[T]]) -> list[T]:
+        """Runs Celery signatures side by side, each a step, and gives their results in order when all have succeeded.
+
+        Raises:
+            StepFailed: the first of them, in order, that failed for good.
+            InvalidData: arguments cannot be JSON; none was scheduled.
+        """
+        signatures = list(members)
+        identities = [self._identify(task_name(signature)) for signature in signatures]
+        known = [self._driver.history.get(run_id) for run_id, _ in identities]
+        failed = [step for step in known if step is not None and step.status is FlowStepStatus.FAILED]
+        if failed:
+            self._outcome(failed[0], None)
+        if any(step is None or not step.status.is_terminal for step in known):
+            self._join(list(zip(identities, signatures, known, strict=True)))
+        return [
+            self._outcome(step, codec_of(self._driver.app, signature))
+            for step, signature in zip(known, signatures, strict=True)
+        ]
+
+    def _join(self, steps: list[tuple[tuple[str, int], Signature[Any], FlowStep | None]]) -> None:
+        """Schedules the members that are not, and suspends the flow until all have succeeded or one has failed."""
+        missing = [(identity, signature) for identity, signature, step in steps if step is None]
+        if missing:
+            self._new_step()
+        members = [
+            member_of(self._driver.app, run_id, position, signature, self._driver.max_payload_bytes)
+            for (run_id, position), signature in missing
+        ]
+        succeeded = sum(step is not None and step.status is FlowStepStatus.SUCCEEDED for _, _, step in steps)
+        self._driver.join(members, good=len(steps) - succeeded, bad=0)
+
+    def _inline(self, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = step_name(work)
+        run_id, position = self._identify(name)
+        codec = result_codec(work)
+        if (known := self._driver.history.get(run_id)) is not None:
+            return self._outcome(known, codec)
+        self._new_step()
+        self._driver.check_lease()
+        began, self._inside = self._driver.clock(), name
+        try:
+            value = work(*args, **kwargs)
+            self._inside = None
+            result = codec.encode(f"result of step {name}", value, self._driver.max_payload_bytes)
+        except Exception as error:
+            self._inside = None
+            self._record(run_id, name, FlowStepStatus.FAILED, position, began, error=describe(error))
+            raise StepFailed(name, **describe(error)) from error
+        self._record(run_id, name, FlowStepStatus.SUCCEEDED, position, began, result=result)
+        return codec.decode(f"result of step {name}", read_back(result))
+
+    def _record(
+        self, run_id: str, name: str, status: FlowStepStatus, position: int, began: float, **outcome: Any
+    ) -> None:
+        elapsed_us = int((self._driver.clock() - began) * 1_000_000)
+        step = StepWrite(run_id, name, status, position, elapsed_us=elapsed_us, **outcome)
+        self._driver.record(step, current_step=name)
+
+    # ---- waits ----
+
+    def sleep(self, duration: timedelta) -> None:
+        """Waits without a worker, for seconds or months, by the database's clock."""
+        self._sleep(lambda: self._driver.now() + duration)
+
+    def sleep_until(self, at: datetime) -> None:
+        """Waits without a worker until an aware time; a time that has passed is no wait.
+
+        Raises:
+            InvalidData: the time is naive.
+        """
+        moment = as_utc("at", at)
+        self._sleep(lambda: moment)
+
+    def _sleep(self, until: Callable[[], datetime]) -> None:
+        run_id, position = self._identify("sleep")
+        known = self._driver.history.get(run_id)
+        if known is not None and known.status.is_terminal:
+            self._outcome(known, None)
+            return
+        if known is None:
+            self._new_step()
+        at = until() if known is None else datetime.fromisoformat(known.args_json["at"])
+        self._driver.check_horizon(at)
+        step = self._wait_step(run_id, "sleep", position, {"at": at.isoformat()}, known)
+        if self._driver.now() >= at:
+            self._driver.record(_closed(step, FlowStepStatus.SUCCEEDED), current_step="sleep")
+        else:
+            self._driver.wait(TimerWait(at=at, run_id=run_id), step)
+
+    def wait_for(self, topic: str, correlation_id: str, *, timeout: timedelta | None = None) -> Any:
+        """Waits without a worker for an external event, and gives its payload. One that came before is taken at once;
+        several are handed over first in, first out.
+
+        Raises:
+            WaitTimedOut: it did not come in time.
+            InvalidData: topic or correlation id is empty or too long.
+        """
+        check_name("topic", topic)
+        check_name("correlation_id", correlation_id)
+        name = f"wait_for {topic}"
+        run_id, position = self._identify(name)
+        known = self._driver.history.get(run_id)
+        if known is None:
+            self._new_step()
+        if known is None or not known.status.is_terminal:
+            wait = self._external_wait(topic, correlation_id, timeout, run_id, known)
+            args = wait.model_dump(mode="json", exclude={"kind", "run_id"})
+            step = self._wait_step(run_id, name, position, args, known)
+            known = self._driver.wait_for_event(wait, step)
+        if known.status is FlowStepStatus.FAILED and (known.error_json or {}).get("type") == WAIT_TIMED_OUT:
+            raise WaitTimedOut(topic, correlation_id)
+        return self._outcome(known, None)
+
+    def _external_wait(
+        self, topic: str, correlation_id: str, timeout: timedelta | None, run_id: str, known: FlowStep | None
+    ) -> ExternalEventWait:
+        if known is not None:
+            timeout_at = known.args_json.get("timeout_at")
+        else:
+            timeout_at = None if timeout is None else self._driver.now() + timeout
+            if timeout_at is not None:
+                self._driver.check_horizon(timeout_at)
+        return ExternalEventWait(topic=topic, correlation_id=correlation_id, timeout_at=timeout_at, run_id=run_id)
+
+    def _wait_step(
+        self, run_id: str, name: str, position: int, args: dict[str, Any], known: FlowStep | None
+    ) -> StepWrite:
+        if known is not None:
+            position = known.position
+        return StepWrite(run_id, name, FlowStepStatus.RUNNING, position, args=json.dumps(args))
+
+    # ---- identity and outcome ----
+
+    def _identify(self, name: str) -> tuple[str, int]:
+        """A step's run id, from its name and how many times that came before, and its position in the flow."""
+        if self._inside is not None:
+            raise InvalidData(f"step {name}", f"was taken inside step {self._inside}; steps do not nest")
+        count = self._calls[name] = self._calls.get(name, 0) + 1
+        self._position += 1
+        return run_id_of(self.flow_id, name, count), self._position
+
+    def _new_step(self) -> None:
+        """Called before anything new happens: here a cancelled flow is told so, once."""
+        if self._driver.must_stop(cleaning=self._cleaning):
+            self._cleaning = True
+            raise FlowCancelled(self.flow_id)
+
+    def _outcome(self, step: FlowStep | None, codec: Codec | None) -> Any:
+        assert step is not None
+        if step.status is FlowStepStatus.SUCCEEDED:
+            return step.result_json if codec is None else codec.decode(f"result of step {step.task}", step.result_json)
+        if step.status is FlowStepStatus.CANCELLED:
+            self._cleaning = True
+            raise FlowCancelled(self.flow_id)
+        error = step.error_json or {"type": "unknown", "message": ""}
+        failure = StepLost if error["type"] == StepLost.__name__ else StepFailed
+        raise failure(step.task, error["type"], error["message"])
+
+
+def _closed(step: StepWrite, status: FlowStepStatus) -> StepWrite:
+    return StepWrite(step.run_id, step.task, status, step.position, args=step.args, id=step.id)
+
+
+def run_id_of(flow_id: UUID, name: str, count: int) -> str:
+    """The run id of the ``count``-th step of this name: the same in every run of this flow."""
+    return str(uuid5(flow_id, f"{name}#{count}"))
+
+
+def step_name(work: Callable[..., Any]) -> str:
+    """The name an inline step goes by: its function's."""
+    inner = getattr(work, "func", work)  # functools.partial
+    name = getattr(inner, "__name__", type(inner).__name__)
+    return check_name("step", name)

@@ -1,0 +1,80 @@
+"""Application → store: a flow and the order to drive it, in one transaction."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from celery_flows.store import Flow, FlowNotFound, InvalidData, KeyConflict, StartPending, StoreError
+from celery_flows.store import operations as op
+from celery_flows.store.changes import Drive
+from celery_flows.store.dispatch import Hint
+from celery_flows.store.script import Call
+from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.publish import Transaction, after_commit
+
+if TYPE_CHECKING:
+    from celery_flows.tasks.registry import FlowDefinition
+    from celery_flows.tasks.runtime import Runtime
+
+Out = TypeVar("Out")
+LOCK_NOT_AVAILABLE = "55P03"
+
+
+def start(
+    runtime: Runtime,
+    definition: FlowDefinition[Any, Out],
+    input: Any,
+    *,
+    key: str | None,
+    owner: str,
+    goal: str,
+    transaction: Transaction | None,
+) -> FlowHandle[Out]:
+    """Stores the flow, and publishes its drive message after the commit. See :meth:`FlowDefinition.start`."""
+    flow = Flow(
+        controller_id=definition.name,
+        goal=goal,
+        owner_session_key=owner,
+        idempotency_key=key,
+        input_json=_encoded_input(runtime, definition, input),
+    )
+    drive = Drive(definition.name, definition.queue, first_pause=runtime.first_pause)
+    store = runtime.store if transaction is None else runtime.store.using(transaction)
+    call = Call(op.create_flow, (flow, {}, drive))
+    try:
+        created = store.attempt(call, settled=Call(op.find_created, (flow,)))
+    except StoreError as error:
+        if key is not None and _lock_timed_out(error):
+            raise StartPending(definition.name, key) from error
+        raise
+    if not created:
+        assert key is not None
+        return FlowHandle(runtime, _existing(store, flow, key).id, definition)
+    hint = Hint(str(flow.id), flow.id, "drive", definition.name, definition.queue)
+    if transaction is None:
+        runtime.publisher.publish(hint)
+    else:
+        after_commit(transaction, lambda: runtime.publisher.publish(hint))
+    return FlowHandle(runtime, flow.id, definition)
+
+
+def _encoded_input(runtime: Runtime, definition: FlowDefinition[Any, Any], input: Any) -> Any:
+    if not definition.takes_input:
+        if input is not None:
+            raise InvalidData("input", f"flow {definition.name!r} takes none")
+        return None
+    return json.loads(definition.input.encode("input", input, runtime.settings.max_payload_bytes))
+
+
+def _existing(store: Any, flow: Flow, key: str) -> Flow:
+    known: Flow | None = store.run(op.find_by_key, flow.controller_id, key)
+    if known is None:  # pruned in the very moment in between
+        raise FlowNotFound(key)
+    if known.input_json != flow.input_json:
+        raise KeyConflict(flow.controller_id, key, known.id)
+    return known
+
+
+def _lock_timed_out(error: StoreError) -> bool:
+    return getattr(getattr(error.__cause__, "orig", None), "sqlstate", None) == LOCK_NOT_AVAILABLE

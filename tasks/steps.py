@@ -1,0 +1,149 @@
+"""Celery steps: claims a step's row, runs the user's task as Celery would, and records what came of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from celery import Task
+from celery._state import _task_stack  # type: ignore[attr-defined]
+from celery.app.trace import task_has_custom
+from celery.exceptions import Ignore, Reject, Retry
+
+from celery_flows.store import FlowError, FlowStepStatus, InvalidData, dispatch
+from celery_flows.store.changes import Completion
+from celery_flows.store.clock import boottime
+from celery_flows.store.dispatch import StepClaim
+from celery_flows.store.script import Call
+from celery_flows.tasks.drive import UNKNOWN_PAUSE_SECONDS, drive
+from celery_flows.tasks.payloads import describe, result_codec
+from celery_flows.tasks.runtime import Runtime
+
+log = logging.getLogger("celery_flows.steps")
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """The message that brought us here, as far as it matters."""
+
+    worker: str  # our token
+    queue: str | None
+    time_limited: bool
+    hostname: str | None = None
+
+
+def run_step(runtime: Runtime, run_id: str, delivery: Delivery) -> None:
+    """Runs one Celery step, if its row is there to be claimed; then the flow itself, if this was what it waited for."""
+    asked_at, lease = boottime(), runtime.settings.lease_seconds
+    claim: StepClaim | None = runtime.store.attempt(
+        Call(dispatch.claim_step, (run_id, delivery.worker, lease)), again={"repeat": True}
+    )
+    if claim is None:
+        return
+    task = runtime.app.tasks.get(claim.task)
+    if task is None:
+        log.error("no task %r here; step %s waits for a worker that has it", claim.task, run_id)
+        runtime.store.run(dispatch.hand_back, claim.holder, UNKNOWN_PAUSE_SECONDS)
+        return
+    # A claim that took longer than the lease may have been overtaken while we were stopped.
+    if boottime() >= asked_at + lease and not runtime.store.run(dispatch.renew_own, claim.holder, lease):
+        return
+    _settle(runtime, claim, _attempt(runtime, claim, task, delivery), delivery)
+
+
+Outcome = Completion | Retry
+
+
+def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery: Delivery) -> Outcome:
+    if claim.cancel_requested:
+        return Completion(claim.holder, claim.flow_id, FlowStepStatus.CANCELLED)
+    try:
+        value = _call(task, claim, delivery)
+        result = result_codec(task.run).encode(
+            f"result of step {claim.task}", value, runtime.settings.max_payload_bytes
+        )
+    except Retry as retry:
+        return retry
+    except Ignore:
+        return Completion(claim.holder, claim.flow_id, FlowStepStatus.SUCCEEDED)
+    except (Exception, Reject) as error:
+        log.warning("step %s of flow %s failed: %s", claim.task, claim.flow_id, type(error).__name__)
+        return Completion(claim.holder, claim.flow_id, FlowStepStatus.FAILED, error=describe(error))
+    except BaseException:
+        with suppress(FlowError):  # the process is told to stop: hand the step back unharmed
+            runtime.store.run(dispatch.hand_back, claim.holder)
+        raise
+    return Completion(claim.holder, claim.flow_id, FlowStepStatus.SUCCEEDED, result=result)
+
+
+def _call(task: Task[Any, Any], claim: StepClaim, delivery: Delivery) -> Any:
+    """Calls the task under a request of its own. As an eager one, so that ``retry()`` raises instead of publishing."""
+    args, kwargs = claim.args["args"], claim.args["kwargs"]
+    _task_stack.push(task)
+    task.push_request(
+        id=claim.holder.run_id, args=args, kwargs=kwargs, retries=claim.attempt - 1, is_eager=True,
+        called_directly=False, root_id=str(claim.flow_id), parent_id=str(claim.flow_id), hostname=delivery.hostname,
+        delivery_info={"is_eager": True, "routing_key": delivery.queue},
+    )  # fmt: skip
+    try:
+        function = task if task_has_custom(task, "__call__") else task.run
+        return function(*args, **kwargs)
+    finally:
+        task.pop_request()
+        _task_stack.pop()
+
+
+def _settle(runtime: Runtime, claim: StepClaim, outcome: Outcome, delivery: Delivery) -> None:
+    if isinstance(outcome, Retry):
+        error = describe(outcome.exc) if outcome.exc is not None else {"type": "Retry", "message": ""}
+        delay = _delay_seconds(outcome.when)
+        if not runtime.store.run(dispatch.retry_step, claim.holder, claim.flow_id, claim.attempt, delay, error):
+            log.info("step %s: its lease was lost, its retry is not recorded", claim.holder.run_id)
+        return
+    completed: dispatch.Completed | None = runtime.store.attempt(
+        Call(dispatch.complete_step, (outcome,)), settled=Call(dispatch.find_completion, (outcome,))
+    )
+    if completed is None:
+        log.info("step %s: its lease was lost, its outcome is refused", claim.holder.run_id)
+    elif completed.woke:
+        go_on(runtime, claim, completed.queue, delivery)
+
+
+def go_on(runtime: Runtime, claim: StepClaim, queue: str | None, delivery: Delivery) -> None:
+    """Drives the flow on right here, if this worker may: the flow's queue, no time limit of the step's, code it knows.
+    Else sends the message."""
+    served = (queue or runtime.default_queue()) == delivery.queue
+    if served and not delivery.time_limited and runtime.registry.get(claim.definition) is not None:
+        drive(runtime, claim.flow_id, delivery.worker)
+    else:
+        runtime.publisher.publish(dispatch.Hint(str(claim.flow_id), claim.flow_id, "drive", claim.definition, queue))
+
+
+def _delay_seconds(when: Any) -> float:
+    if isinstance(when, datetime):
+        moment = when if when.tzinfo is not None else when.replace(tzinfo=UTC)
+        return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+    return max(0.0, float(when or 0))
+
+
+def delivery_of(request: Any, worker: str) -> Delivery:
+    """What a Celery request says of its message."""
+    info: Mapping[str, Any] = request.delivery_info or {}
+    return Delivery(worker, info.get("routing_key"), any(request.timelimit or ()), request.hostname)
+
+
+def parse_id(field: str, value: Any) -> UUID:
+    """A flow id out of a message.
+
+    Raises:
+        InvalidData: it is none.
+    """
+    try:
+        return UUID(value)
+    except (ValueError, TypeError, AttributeError):
+        raise InvalidData(field, "is no flow id (a UUID)") from None

@@ -1,0 +1,33 @@
+"""The Celery app of ``celery -A celery_flows.worker``: configured by the environment, its flows by FLOW_IMPORTS."""
+
+from __future__ import annotations
+
+from celery import Celery
+
+from celery_flows.worker.flows import Flows
+
+app = Celery("celery_flows", set_as_current=False)
+app.conf.update(
+    # JSON only, both ways.
+    task_serializer="json",
+    result_serializer="json",
+    accept_content=["json"],
+    task_ignore_result=True,
+    # A message is a hint: prefetching more than one only keeps work from idle workers.
+    worker_prefetch_multiplier=1,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    broker_connection_retry_on_startup=True,
+    worker_soft_shutdown_timeout=20,
+    # For Flower.
+    worker_send_task_events=True,
+    task_send_sent_event=True,
+)
+flows = Flows(app)
+
+
+def load_imports() -> None:
+    """Imports the modules that FLOW_IMPORTS names, when the app is finalized."""
+    app.conf.imports = tuple(app.conf.imports or ()) + flows.settings.imports
+
+
+app.on_after_configure.connect(lambda **_: load_imports(), weak=False)

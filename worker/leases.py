@@ -1,0 +1,79 @@
+"""Leases, renewed by the worker's parent process: a busy child cannot stop it, a dead child is noticed.
+
+The parent cannot know fences, and need not: the claim writes who holds a row as a token of node, process and Celery
+request, and the parent renews and releases by that token alone, one UPDATE for all the work of its process tree.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from celery.worker import state
+
+from celery_flows.store import dispatch
+from celery_flows.store.clock import boottime
+from celery_flows.tasks.publish import DRIVE_TASK, STEP_TASK
+from celery_flows.tasks.runtime import Runtime, worker_token
+
+log = logging.getLogger("celery_flows.leases")
+
+
+class Leases:
+    """The leases of one worker's process tree."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._interval = runtime.settings.lease_seconds / 3
+        self._seen: dict[str, int] = {}  # token → pid, as of the last look
+        self._renewed_at = boottime()
+
+    def keep(self) -> None:
+        """One look: releases what dead children held, at once; renews the rest, once per third of a lease."""
+        current = held_by(state.active_requests)
+        gone = {token: pid for token, pid in {**self._seen, **current}.items() if not is_alive(pid)}
+        if gone:
+            released = self._runtime.store.run(dispatch.release, list(gone))
+            if released:
+                log.warning("released %d leases of dead worker processes", released)
+        self._seen = {token: pid for token, pid in current.items() if token not in gone}
+        if boottime() - self._renewed_at >= self._interval:
+            if self._seen:
+                self._runtime.store.run(dispatch.renew, list(self._seen), self._runtime.settings.lease_seconds)
+            self._renewed_at = boottime()
+
+
+def held_by(requests: Iterable[Any]) -> dict[str, int]:
+    """The tokens of our running requests, with the process that runs each; the set changes while we look."""
+    while True:
+        try:
+            running = [request for request in list(requests) if request.name in (DRIVE_TASK, STEP_TASK)]
+            break
+        except RuntimeError:
+            continue
+    pids = {request.id: request.worker_pid for request in running if request.worker_pid is not None}
+    return {worker_token(pid, request_id): pid for request_id, pid in pids.items()}
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that died and was not waited for yet does not."""
+    if pid == os.getpid():
+        return True
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return not Path("/proc/self/stat").exists() and _answers(pid)
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def _answers(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,93 @@
+"""What a Celery worker gets besides its tasks: a check at its start, and a thread that sweeps and keeps leases."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import click
+from celery import Celery, bootsteps
+
+from celery_flows.store import FlowError
+from celery_flows.tasks.maintenance import sweep
+from celery_flows.tasks.runtime import Runtime
+from celery_flows.worker.leases import Leases
+
+log = logging.getLogger("celery_flows.worker")
+
+STOP_SECONDS = 5.0
+
+
+def install(app: Celery, runtime: Runtime) -> None:
+    """Adds our step to the app's worker blueprint: it lives as long as the worker, through broker reconnects."""
+    app.steps["worker"].add(type("FlowsStep", (WorkerStep,), {"runtime": runtime}))
+
+
+class WorkerStep(bootsteps.StartStopStep):
+    """Checks settings, database and schema before the worker starts; then ticks until it stops."""
+
+    requires = ("celery.worker.components:Pool",)
+    runtime: Runtime
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        check_ready(self.runtime)
+        self._ticker: Ticker | None = None
+
+    def start(self, parent: Any) -> None:
+        leases = Leases(self.runtime)
+
+        def tick() -> None:
+            leases.keep()
+            sweep(self.runtime)
+
+        self._ticker = Ticker(tick, self.runtime.settings.sweep_seconds)
+        self._ticker.start()
+
+    def stop(self, parent: Any) -> None:
+        if self._ticker is not None:
+            self._ticker.stop()
+
+    terminate = stop
+
+
+def check_ready(runtime: Runtime) -> None:
+    """Raises a :class:`click.ClickException` with one sentence unless settings, database and schema are right."""
+    try:
+        _ = runtime.store
+    except FlowError as error:
+        raise click.ClickException(str(error)) from error
+
+
+class Ticker(threading.Thread):
+    """Does a chore every so often, with jitter, until told to stop. A failure is told once, and the chore tried on."""
+
+    def __init__(self, chore: Callable[[], object], seconds: float) -> None:
+        super().__init__(name="celery-flows", daemon=True)
+        self._chore, self._seconds = chore, seconds
+        self._stopped = threading.Event()
+        self._failing = False
+
+    def run(self) -> None:
+        while not self._stopped.wait(self._seconds * random.uniform(0.8, 1.0)):
+            self._tick()
+
+    def _tick(self) -> None:
+        try:
+            self._chore()
+        except Exception as error:
+            if not self._failing:
+                log.error("looking for due work fails, and is tried again (%s: %s)", type(error).__name__, error)
+            self._failing = True
+        else:
+            if self._failing:
+                log.info("looking for due work succeeds again")
+            self._failing = False
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self.is_alive():
+            self.join(STOP_SECONDS)
