@@ -17,7 +17,7 @@ from celery_flows.store import transitions
 from celery_flows.store.aio import AsyncFlowStore
 from celery_flows.store.backoff import full_jitter
 from celery_flows.store.base import FlowStore
-from celery_flows.store.errors import FlowNotFound, RevisionMismatch
+from celery_flows.store.errors import FlowNotFound, InvalidData, RevisionMismatch
 from celery_flows.store.models import (
     Flow,
     FlowEvent,
@@ -112,10 +112,12 @@ def _waiting(wait: AnyWait) -> Decide:
     return lambda flow: transitions.set_waiting(flow, stored)
 
 
-def _checked(field: str, value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    if value is not None:
-        encode_json(field, value)
-    return value
+def _check_patch(field: str, value: Mapping[str, Any] | None) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise InvalidData(field, f"must be an object, not {type(value).__name__}")
+    encode_json(field, value)
 
 
 class FlowManager:
@@ -175,7 +177,7 @@ class FlowManager:
         self, flow_id: UUID, patch: Mapping[str, Any] | None = None, *, owner_session_key: str | None = None
     ) -> Flow:
         """waiting → running; ``patch`` is merged into the state, shallowly."""
-        _checked("patch", patch)
+        _check_patch("patch", patch)
         return self.change(flow_id, lambda flow: transitions.resume(flow, patch), owner_session_key=owner_session_key)
 
     def update_state(
@@ -187,7 +189,7 @@ class FlowManager:
         owner_session_key: str | None = None,
     ) -> Flow:
         """Merges ``patch`` into the state of an open flow, shallowly; ``next_step`` becomes its current step."""
-        _checked("patch", patch)
+        _check_patch("patch", patch)
         return self.change(
             flow_id, lambda flow: transitions.update_state(flow, patch, next_step), owner_session_key=owner_session_key
         )
@@ -196,7 +198,7 @@ class FlowManager:
         self, flow_id: UUID, state: Mapping[str, Any] | None = None, *, owner_session_key: str | None = None
     ) -> Flow:
         """running → finished; ``state`` is merged into the state, shallowly."""
-        _checked("state", state)
+        _check_patch("state", state)
         return self.change(flow_id, lambda flow: transitions.finish(flow, state), owner_session_key=owner_session_key)
 
     def fail(self, flow_id: UUID, reason: str, *, owner_session_key: str | None = None) -> Flow:
@@ -308,7 +310,7 @@ class AsyncFlowManager:
     async def resume(
         self, flow_id: UUID, patch: Mapping[str, Any] | None = None, *, owner_session_key: str | None = None
     ) -> Flow:
-        _checked("patch", patch)
+        _check_patch("patch", patch)
         return await self.change(
             flow_id, lambda flow: transitions.resume(flow, patch), owner_session_key=owner_session_key
         )
@@ -321,7 +323,7 @@ class AsyncFlowManager:
         *,
         owner_session_key: str | None = None,
     ) -> Flow:
-        _checked("patch", patch)
+        _check_patch("patch", patch)
         return await self.change(
             flow_id, lambda flow: transitions.update_state(flow, patch, next_step), owner_session_key=owner_session_key
         )
@@ -329,7 +331,7 @@ class AsyncFlowManager:
     async def finish(
         self, flow_id: UUID, state: Mapping[str, Any] | None = None, *, owner_session_key: str | None = None
     ) -> Flow:
-        _checked("state", state)
+        _check_patch("state", state)
         return await self.change(
             flow_id, lambda flow: transitions.finish(flow, state), owner_session_key=owner_session_key
         )

@@ -75,3 +75,9 @@ def _writing(engine: sa.Engine) -> sa.Engine:
     if engine.dialect.name == "sqlite":
         return sqlite.writing(engine, single=False)
     return engine
+
+
+def at(engine: sa.Engine) -> str | None:
+    """The version the database is at; None: no tables of ours."""
+    with engine.connect() as connection:
+        return current(connection)

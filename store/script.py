@@ -90,7 +90,10 @@ def translated(error: DBAPIError) -> StoreError:
     if isinstance(error, IntegrityError):
         return StoreError(f"the database refused a row: {first_line(error)}")
     if is_lost(error) or isinstance(error, OperationalError):
-        return StoreError(f"the database could not be reached or was interrupted: {first_line(error)}")
+        return StoreError(
+            f"the database could not be reached or was interrupted ({first_line(error)}): "
+            "check flow_store_url (FLOW_STORE_URL), and that the server is up"
+        )
     return StoreError(f"the database refused a statement: {first_line(error)}")
 
 

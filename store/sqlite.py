@@ -203,10 +203,10 @@ def _end(conn: Connection, flow_id: UUID, at: datetime) -> None:
 
 def create(conn: Connection, flow: Flow, kind: str, told: str, wait_key: str | None, drive: Drive | None) -> Any:
     """Inserts flow, event and drive row; gives the time of creation, or None if id or key were taken."""
-    taken = sa.or_(
-        flows.c.id == flow.id,
-        sa.and_(flows.c.controller_id == flow.controller_id, flows.c.idempotency_key == flow.idempotency_key),
-    )
+    taken = flows.c.id == flow.id
+    if flow.idempotency_key is not None:  # "== None" would be IS NULL, and match every flow without a key
+        same_key = and_(flows.c.controller_id == flow.controller_id, flows.c.idempotency_key == flow.idempotency_key)
+        taken = or_(taken, same_key)
     if conn.scalar(sa.select(func.count()).select_from(flows).where(taken)):
         return None
     at = now(conn)

@@ -114,7 +114,9 @@ def finish(flow: Flow, state: Mapping[str, Any] | None = None, result: Any = Non
 
 def fail(flow: Flow, reason: str, error: Mapping[str, Any] | None = None) -> Transition:
     check(flow, FlowStatus.FAILED)
-    state = merged(flow.state_json, {"failure": {**flow.state_json.get("failure", {}), "reason": reason}})
+    known = flow.state_json.get("failure")
+    failure = {**(known if isinstance(known, Mapping) else {}), "reason": reason}
+    state = merged(flow.state_json, {"failure": failure})
     return Transition(
         "failed",
         {

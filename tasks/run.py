@@ -200,9 +200,9 @@ class Run:
     def _wait_step(
         self, run_id: str, name: str, position: int, args: dict[str, Any], known: FlowStep | None
     ) -> StepWrite:
-        if known is not None:
-            position = known.position
-        return StepWrite(run_id, name, FlowStepStatus.RUNNING, position, args=json.dumps(args))
+        # A wait that is taken up again tells of the row that is there: same id, same position.
+        same = {"position": position} if known is None else {"position": known.position, "id": known.id}
+        return StepWrite(run_id, name, FlowStepStatus.RUNNING, args=json.dumps(args), **same)
 
     # ---- identity and outcome ----
 

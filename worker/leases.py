@@ -47,10 +47,13 @@ class Leases:
 
 
 def held_by(requests: Iterable[Any]) -> dict[str, int]:
-    """The tokens of our running requests, with the process that runs each; the set changes while we look."""
+    """The tokens of our running requests, with the process that runs each; the set changes while we look.
+
+    By the request's type: its name is what Flower shows, the flow's or step's.
+    """
     while True:
         try:
-            running = [request for request in list(requests) if request.name in (DRIVE_TASK, STEP_TASK)]
+            running = [request for request in list(requests) if request.type in (DRIVE_TASK, STEP_TASK)]
             break
         except RuntimeError:
             continue

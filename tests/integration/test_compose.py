@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -206,6 +207,18 @@ def test_a_password_that_is_not_set_stops_the_start_and_says_which(name: str) ->
         interpolate(COMPOSE, given)
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_with_nothing_but_passwords_set_our_services_use_the_servers_of_the_file(name: str) -> None:
+    environment = interpolate(SERVICES[name]["environment"], SECRETS)
+    database, broker = (urlsplit(environment[key]) for key in ("FLOW_STORE_URL", "CELERY_BROKER_URL"))
+
+    assert (database.hostname, database.password) == ("postgres", SECRETS["POSTGRES_PASSWORD"])
+    assert (broker.hostname, broker.password) == ("redis", SECRETS["REDIS_PASSWORD"])
+    assert {database.hostname, broker.hostname} <= set(SERVICES)
+    assert database.path == f"/{SERVICES['postgres']['environment']['POSTGRES_DB']}"
+    assert database.username == SERVICES["postgres"]["environment"]["POSTGRES_USER"]
+
+
 def test_rabbitmq_does_not_start_without_a_password() -> None:
     environment = interpolate(SERVICES["rabbitmq"]["environment"], {})
     command = interpolate(SERVICES["rabbitmq"]["command"], {})
@@ -231,6 +244,17 @@ def test_what_runs_on_has_a_healthcheck_a_restart_policy_and_time_to_stop(name: 
     assert service["healthcheck"]["test"]
     assert service["restart"] == "unless-stopped"
     assert seconds(service["stop_grace_period"]) >= 15
+
+
+def test_a_worker_has_longer_to_stop_than_its_soft_shutdown_takes() -> None:
+    ask = "from celery_flows.worker.app import app; print(app.conf.worker_soft_shutdown_timeout)"
+    settings = {"FLOW_STORE_URL": "sqlite://", "CELERY_BROKER_URL": "memory://"}
+    printed = subprocess.run(
+        [sys.executable, "-c", ask], env=os.environ | settings, capture_output=True, text=True, timeout=30, check=True
+    )
+
+    assert SERVICES["worker"]["environment"]["REMAP_SIGTERM"] == "SIGQUIT"
+    assert 0 < float(printed.stdout) < seconds(SERVICES["worker"]["stop_grace_period"])
 
 
 def test_migrate_runs_to_its_end_before_anything_of_ours_starts() -> None:
@@ -279,8 +303,9 @@ def test_migrate_gives_an_empty_database_our_tables(databases: Databases, broker
 
 def test_worker_answers_its_healthcheck_and_stops_in_its_grace_period(start: Callable[..., Service]) -> None:
     worker = start("worker")
-    worker.wait_until_healthy()
+    worker.wait_for(lambda: " ready." in worker.log, "a worker that is ready")
 
+    assert worker.is_healthy(), worker.log
     assert "orders.py is imported" in worker.log
     assert worker.stop() == 0, worker.log
 

@@ -7,14 +7,35 @@ from collections.abc import Iterator
 import pytest
 from celery_flows.store import Flow, FlowManager, SqlFlowStore
 
+from tests.support.databases import Databases
 from tests.support.shells import SHELLS, Shell
 
 
-@pytest.fixture(params=list(SHELLS))
-def shell(request: pytest.FixtureRequest, database_url: str) -> Iterator[Shell]:
-    """Store and manager, synchronous and awaited, over each database."""
-    with SHELLS[request.param](database_url) as opened:
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def shared_url(
+    request: pytest.FixtureRequest, databases: Databases, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A database of each kind that many tests use in turn."""
+    path = tmp_path_factory.mktemp("shared") / "flows.sqlite"
+    made = databases.sqlite(path) if request.param == "sqlite" else databases.postgresql()
+    with made as url:
+        yield url
+
+
+@pytest.fixture(scope="session", params=list(SHELLS))
+def open_shell(request: pytest.FixtureRequest, shared_url: str) -> Iterator[Shell]:
+    with SHELLS[request.param](shared_url) as opened:
         yield opened
+
+
+@pytest.fixture
+def shell(open_shell: Shell) -> Shell:
+    """Store and manager, synchronous and awaited, over each database. The suite is long, so its tests share four
+    shells; each finds the tables empty."""
+    with open_shell.within("connection") as caller:
+        caller.wipe()
+        caller.commit()
+    return open_shell
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any, cast
 import sqlalchemy as sa
 from celery_flows.store import AsyncFlowManager, AsyncFlowStore, FlowManager, SqlFlowStore
 from celery_flows.store.engines import make_async_engine, make_engine
+from celery_flows.store.tables import flow_dispatch, flow_inbox, flows
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -37,6 +38,7 @@ class Bound:
     manager: FlowManager
     commit: Callable[[], None]
     rollback: Callable[[], None]
+    wipe: Callable[[], None]  # empties our tables
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class Shell:
     store: SqlFlowStore
     manager: FlowManager
     within: Callable[[str], AbstractContextManager[Bound]]
+
+
+def wipe(connection: sa.Connection) -> None:
+    """Empties our tables."""
+    for table in (flow_inbox, flow_dispatch, flows):  # steps and events go with their flows
+        connection.execute(sa.delete(table))
 
 
 @contextmanager
@@ -58,7 +66,7 @@ def synchronous(url: str) -> Iterator[Shell]:
         opened: sa.Connection | Session = store.engine.connect() if kind == "connection" else Session(store.engine)
         with opened as transaction:
             bound = store.using(transaction)
-            yield Bound(bound, FlowManager(bound), transaction.commit, transaction.rollback)
+            yield Bound(bound, FlowManager(bound), transaction.commit, transaction.rollback, lambda: bound.run(wipe))
 
     try:
         yield Shell(store, FlowManager(store), within)
@@ -83,7 +91,10 @@ def awaited(url: str) -> Iterator[Shell]:
             try:
                 bound = face(runner.run(store.using(transaction)))
                 yield Bound(
-                    *bound, lambda: runner.run(transaction.commit()), lambda: runner.run(transaction.rollback())
+                    *bound,
+                    lambda: runner.run(transaction.commit()),
+                    lambda: runner.run(transaction.rollback()),
+                    lambda: bound[0].run(wipe),
                 )
             finally:
                 runner.run(transaction.close())

@@ -1,0 +1,1 @@
+"""Example applications; each is run by a test."""

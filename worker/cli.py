@@ -1,0 +1,230 @@
+"""``celery -A APP flow …``: the operator's commands, found by Celery through an entry point.
+
+Exit codes: 0 done; 1 it could not be done (no such flow, database out of reach, schema outdated); 2 the command was
+wrong (unknown flow definition, input that is no JSON or of the wrong type, a bad setting).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+from uuid import UUID
+
+import click
+
+from celery_flows.store import FlowError, FlowStatus, InvalidData, schema
+from celery_flows.store import operations as op
+from celery_flows.store.engines import make_engine
+from celery_flows.tasks import maintenance
+from celery_flows.tasks.errors import FlowFailed, UnknownFlow
+from celery_flows.worker import output
+from celery_flows.worker.flows import Flows
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Refused(click.ClickException):
+    """The command was wrong: one sentence, exit code 2."""
+
+    exit_code = 2
+
+
+@click.group(name="flow")
+def flow() -> None:
+    """Durable flows: start, watch and steer them."""
+
+
+def _command(function: F) -> F:
+    """A command that is handed the app's Flows, and whose errors are one sentence each."""
+
+    @wraps(function)
+    @click.pass_context
+    def run(context: click.Context, *args: Any, **options: Any) -> Any:
+        try:
+            return function(Flows.of(context.obj.app), *args, **options)
+        except (InvalidData, UnknownFlow) as error:
+            raise Refused(str(error)) from error
+        except FlowError as error:
+            raise click.ClickException(str(error)) from error
+
+    return run  # type: ignore[return-value]
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+class FlowId(click.ParamType[UUID]):
+    """A flow's id."""
+
+    name = "FLOW_ID"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> UUID:
+        try:
+            return value if isinstance(value, UUID) else UUID(value)
+        except ValueError:
+            self.fail(f"{value!r} is no flow id; `flow list` shows them", param, ctx)
+
+
+class JsonText(click.ParamType[Any]):
+    """A JSON document on the command line."""
+
+    name = "JSON"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(f"is no JSON ({error}); a string needs its quotes: '\"text\"'", param, ctx)
+
+
+flow_id = click.argument("flow_id", type=FlowId())
+
+
+@flow.command()
+@click.option("--to", "revision", default="head", show_default=True, help="Schema version; base takes the tables away.")
+@click.option("--yes", is_flag=True, help="Do not ask before taking tables away.")
+@_command
+def migrate(flows: Flows, revision: str, yes: bool) -> None:
+    """Brings the database's schema up to date. Harmless to repeat, and to run from two places at once."""
+    engine = make_engine(flows.settings.require_store_url())
+    if revision == "base":
+        if not yes:
+            click.confirm("This deletes all flows and their history. Go on?", abort=True)
+        schema.downgrade(engine, revision)
+    else:
+        schema.upgrade(engine, revision)
+    click.echo(f"schema: {schema.at(engine) or 'no tables'}")
+
+
+@flow.command()
+@click.argument("name")
+@click.argument("input", type=JsonText(), required=False)
+@click.option("--key", help="Idempotency key: the same key again gives the flow that is there.")
+@click.option("--owner", default="default", show_default=True, help="Whose flow it is.")
+@click.option("--goal", default="", help="What it is for, in words.")
+@click.option("--wait", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait for the result.")
+@as_json
+@_command
+def start(
+    flows: Flows, name: str, input: Any, key: str | None, owner: str, goal: str, wait: float | None, as_json: bool
+) -> None:
+    """Starts the flow NAME with INPUT (JSON), and prints its id."""
+    flows.app.loader.import_default_modules()
+    handle = flows.runtime.registry.require(name).start(input, key=key, owner=owner, goal=goal)
+    if wait is None:
+        output.show_json({"id": handle.id}) if as_json else click.echo(handle.id)
+        return
+    try:
+        handle.result(timeout=wait)
+    except FlowFailed as failure:
+        raise click.ClickException(str(failure)) from failure
+    ended = handle.get()
+    if as_json:
+        output.show_json({"id": handle.id, "status": ended.status, "result": ended.result_json})
+    else:
+        click.echo(f"{handle.id} {ended.status}\n{json.dumps(ended.result_json, ensure_ascii=False)}")
+
+
+@flow.command(name="list")
+@click.option("--status", type=click.Choice([status.value for status in FlowStatus]), help="Only these.")
+@click.option("--owner", help="Only this owner's.")
+@click.option("--flow", "definition", help="Only flows of this name.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@click.option("--after", type=FlowId(), help="The last flow of the page before.")
+@as_json
+@_command
+def list_(
+    flows: Flows,
+    status: str | None,
+    owner: str | None,
+    definition: str | None,
+    limit: int,
+    after: UUID | None,
+    as_json: bool,
+) -> None:
+    """Lists flows, newest first."""
+    found = flows.store.run(
+        op.list_recent,
+        status=None if status is None else FlowStatus(status),
+        owner=owner,
+        definition=definition,
+        limit=limit,
+        after=None if after is None else flows.manager.get(after),
+    )
+    if as_json:
+        output.show_json([row.model_dump(mode="json") for row in found])
+    else:
+        output.show_table("", output.FLOW_COLUMNS, [output.flow_row(row) for row in found])
+
+
+@flow.command()
+@flow_id
+@click.option("--events", type=click.IntRange(0), default=100, show_default=True, help="How many of the last events.")
+@as_json
+@_command
+def show(flows: Flows, flow_id: UUID, events: int, as_json: bool) -> None:
+    """Shows a flow: what it is, its steps, its history."""
+    found = flows.manager.get(flow_id)
+    steps = flows.store.list_steps(flow_id)
+    history = flows.store.list_events(flow_id, events)[::-1]
+    if as_json:
+        output.show_json(
+            {
+                "flow": found.model_dump(mode="json"),
+                "steps": [step.model_dump(mode="json") for step in steps],
+                "events": [event.model_dump(mode="json") for event in history],
+            }
+        )
+    else:
+        output.show_flow(found, steps, history)
+
+
+@flow.command()
+@flow_id
+@_command
+def cancel(flows: Flows, flow_id: UUID) -> None:
+    """Asks a flow to cancel. It cleans up first."""
+    flows.handle(flow_id).cancel()
+    click.echo(f"{flow_id} cancel requested")
+
+
+@flow.command()
+@flow_id
+@click.option("--patch", type=JsonText(), help="A JSON object, merged into the flow's state.")
+@_command
+def resume(flows: Flows, flow_id: UUID, patch: Any) -> None:
+    """Resumes a flow that waits."""
+    if patch is not None and not isinstance(patch, dict):
+        raise InvalidData("--patch", "must be a JSON object")
+    flows.handle(flow_id).resume(patch)
+    click.echo(f"{flow_id} resumed")
+
+
+@flow.command()
+@click.argument("topic")
+@click.argument("correlation_id")
+@click.argument("payload", type=JsonText(), required=False)
+@_command
+def emit(flows: Flows, topic: str, correlation_id: str, payload: Any) -> None:
+    """Tells of an external event; PAYLOAD is JSON. Kept until a flow waits for it."""
+    click.echo(f"{flows.emit(topic, correlation_id, payload)} emitted")
+
+
+@flow.command()
+@as_json
+@_command
+def sweep(flows: Flows, as_json: bool) -> None:
+    """Looks once for due work, as workers and beat do all the time."""
+    report = maintenance.sweep(flows.runtime)
+    counts = {name: getattr(report, name) for name in report.__slots__}
+    output.show_json(counts) if as_json else output.show_table("", list(counts), [list(counts.values())])
+
+
+@flow.command()
+@click.option("--retain-days", type=click.IntRange(0, 36_500), help="Default: flow_retain_days.")
+@_command
+def prune(flows: Flows, retain_days: int | None) -> None:
+    """Deletes ended flows that are past their retention."""
+    click.echo(f"{maintenance.prune(flows.runtime, retain_days)} flows pruned")

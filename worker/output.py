@@ -1,0 +1,112 @@
+"""What the command line shows: tables on a terminal, plain columns in a pipe, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from celery_flows.store import Flow, FlowEvent, FlowStep
+
+
+def show_json(value: Any) -> None:
+    """One JSON document on standard output; times are ISO 8601 in UTC."""
+    click.echo(json.dumps(value, default=_plain, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, UUID | StrEnum):
+        return str(value)
+    raise TypeError(type(value).__name__)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table; in a pipe, a line a row, its cells parted by tabs, so that nothing is cut."""
+    texts = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        click.echo("\t".join(columns))
+        for row in texts:
+            click.echo("\t".join(row))
+        return
+    table = Table(*columns, title=title or None, title_justify="left")
+    for row in texts:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def flow_row(flow: Flow) -> list[object]:
+    """What a list of flows shows of one."""
+    return [
+        flow.id,
+        flow.controller_id,
+        flow.status,
+        flow.current_step,
+        flow.owner_session_key,
+        moment(flow.updated_at),
+    ]
+
+
+FLOW_COLUMNS = ("id", "flow", "status", "step", "owner", "updated")
+
+
+def show_flow(flow: Flow, steps: Sequence[FlowStep], events: Sequence[FlowEvent]) -> None:
+    """One flow as a story: what it is, its steps, what happened (oldest first)."""
+    facts = {
+        "flow": flow.controller_id,
+        "status": flow.status,
+        "owner": flow.owner_session_key,
+        "goal": flow.goal or None,
+        "key": flow.idempotency_key,
+        "started": moment(flow.created_at),
+        "ended": moment(flow.finished_at),
+        "waits for": flow.wait_json and describe_wait(flow.wait_json),
+        "cancel requested": "yes" if flow.cancel_requested else None,
+        "paused": moment(flow.paused_at),
+        "error": flow.error_json and f"{flow.error_json['type']}: {flow.error_json['message']}",
+    }
+    show_table(str(flow.id), ("what", "is"), [(name, value) for name, value in facts.items() if value is not None])
+    show_table("Steps", STEP_COLUMNS, [step_row(step) for step in steps])
+    show_table("History", EVENT_COLUMNS, [event_row(event) for event in events])
+
+
+STEP_COLUMNS = ("#", "step", "status", "attempt", "began", "took", "error")
+EVENT_COLUMNS = ("at", "revision", "event", "about")
+
+
+def step_row(step: FlowStep) -> list[object]:
+    took = f"{(step.updated_at - step.created_at).total_seconds():.3f} s" if step.status.is_terminal else None
+    error = step.error_json and step.error_json["type"]
+    return [step.position or None, step.task, step.status, step.attempt, moment(step.created_at), took, error]
+
+
+def event_row(event: FlowEvent) -> list[object]:
+    told = event.payload_json
+    about = told.get("step", {}).get("task") or told.get("set", {}).get("current_step") or told.get("run_id")
+    return [moment(event.at), event.revision, event.kind, about]
+
+
+def describe_wait(wait: dict[str, Any]) -> str:
+    """A wait condition in words."""
+    match wait["kind"]:
+        case "timer":
+            return f"a timer, due {wait['at']}"
+        case "external_event":
+            until = f", until {wait['timeout_at']}" if wait.get("timeout_at") else ""
+            return f"event {wait['topic']!r} for {wait['correlation_id']!r}{until}"
+        case _:
+            return "somebody to resume it"
+
+
+def moment(at: datetime | None) -> str | None:
+    """A time in UTC, to the millisecond."""
+    return None if at is None else at.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
