@@ -15,7 +15,7 @@ from celery_flows.store import operations as op
 from celery_flows.store import schema, script, sqlite
 from celery_flows.store.changes import Change
 from celery_flows.store.engines import dialect_of, make_async_engine, make_engine
-from celery_flows.store.models import Flow, FlowEvent, FlowStatus, FlowStep
+from celery_flows.store.models import Flow, FlowEvent, FlowStatus, FlowStep, new_id
 from celery_flows.store.operations import Mode
 from celery_flows.store.script import Call, Pause, Script
 from celery_flows.store.transitions import Transition
@@ -119,7 +119,7 @@ class AsyncFlowStore:
     # ---- the contract ----
 
     async def insert(self, flow: Flow) -> None:
-        await self.run(op.insert_flow, flow)
+        await self.attempt(Call(op.insert_flow, (flow,)), settled=Call(op.find_inserted, (flow,)))
 
     async def get(self, flow_id: UUID) -> Flow | None:
         return await self.run(op.get_flow, flow_id)
@@ -138,7 +138,10 @@ class AsyncFlowStore:
         return (await self.change(op.change_to(flow, None, {})))[0]
 
     async def append_event(self, flow_id: UUID, kind: str, payload: dict[str, Any]) -> FlowEvent:
-        return await self.run(op.append_event, flow_id, kind, payload)
+        write_id = new_id()
+        appended = Call(op.append_event, (flow_id, kind, payload, write_id))
+        event: FlowEvent = await self.attempt(appended, settled=Call(op.find_event, (flow_id, write_id)))
+        return event
 
     async def list_events(
         self, flow_id: UUID, limit: int | None = 100, after: FlowEvent | None = None
@@ -146,7 +149,7 @@ class AsyncFlowStore:
         return await self.run(op.list_events, flow_id, limit, after)
 
     async def insert_step(self, step: FlowStep) -> None:
-        await self.run(op.insert_step, step)
+        await self.attempt(Call(op.insert_step, (step,)), settled=Call(op.find_inserted_step, (step,)))
 
     async def update_step(self, step: FlowStep) -> FlowStep:
         return await self.run(op.update_step, step)
@@ -193,7 +196,13 @@ class AsyncFlowStore:
         await self.attempt(created, settled=Call(op.find_created, (flow,)))
 
     async def update_locked(self, flow_id: UUID, decide: Callable[[Flow], Transition | None]) -> Flow:
-        return await self.run(op.update_locked, flow_id, decide)
+        write_id = new_id()
+        updated = Call(op.update_locked, (flow_id, decide, write_id))
+        flow: Flow = await self.attempt(updated, settled=Call(op.find_locked, (flow_id, write_id)))
+        return flow
 
     async def upsert_step(self, step: FlowStep) -> FlowStep:
-        return await self.run(op.observe_step, step)
+        write_id = new_id()
+        observed = Call(op.observe_step, (step, write_id))
+        stored: FlowStep = await self.attempt(observed, settled=Call(op.find_observed, (step, write_id)))
+        return stored

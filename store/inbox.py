@@ -127,8 +127,9 @@ def drop_look(conn: Connection, run_id: str) -> None:
 
 @writes
 def settle_wait(conn: Connection, flow_id: UUID, at: datetime | None = None) -> str | None:
-    """Ends the wait of an undriven flow that is due at ``at`` (None: by the database's clock); says ``resumed`` or ``cancelled``, or None if it waits on.
+    """Ends the wait of an undriven flow that is due at ``at`` (None: by the database's clock).
 
+    Says ``resumed`` or ``cancelled``, or None if it waits on.
     A timer that fired and an external wait that timed out both resume the flow; the latter has ``resume_event`` None
     and ``wait_timed_out`` true in its state.
     """

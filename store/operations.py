@@ -26,7 +26,7 @@ from celery_flows.store.errors import (
     RevisionMismatch,
     StepNotFound,
 )
-from celery_flows.store.models import TERMINAL, Flow, FlowEvent, FlowStatus, FlowStep, FlowStepStatus
+from celery_flows.store.models import TERMINAL, Flow, FlowEvent, FlowStatus, FlowStep, FlowStepStatus, new_id
 from celery_flows.store.tables import EVENT_COLUMNS, FLOW_COLUMNS, UtcDateTime, flow_events, flow_steps, flows
 from celery_flows.store.transitions import Transition, jsonable
 from celery_flows.store.validation import check_name, encode_json
@@ -76,6 +76,13 @@ def insert_flow(conn: Connection, flow: Flow) -> None:
         raise DuplicateFlow(flow.id) from None
 
 
+@reads
+def find_inserted(conn: Connection, flow: Flow) -> bool | None:
+    """Whether :func:`insert_flow` committed and only its reply was lost: nobody else makes this id at this time."""
+    stored = get_flow(conn, flow.id)
+    return True if stored is not None and stored.created_at == flow.created_at else None
+
+
 @writes_once
 def create_flow(conn: Connection, flow: Flow, payload: dict[str, Any], drive: Drive | None = None) -> bool:
     """Inserts the flow, its ``created`` event and, if it is driven, its drive row. False: id or key are taken."""
@@ -105,8 +112,7 @@ def insert_created(conn: Connection, flow: Flow, payload: dict[str, Any]) -> boo
 @reads
 def find_created(conn: Connection, flow: Flow) -> bool | None:
     """Whether :func:`insert_created` committed and only its reply was lost: its event's write id is the flow's id."""
-    mine = sa.select(flow_events.c.id).where(flow_events.c.flow_id == flow.id, flow_events.c.write_id == flow.id)
-    return True if conn.scalar(mine) is not None else None
+    return True if find_event(conn, flow.id, flow.id) is not None else None
 
 
 @reads
@@ -214,14 +220,14 @@ def change_flow(conn: Connection, change: Change) -> tuple[Flow, int | None]:
 @reads
 def find_change(conn: Connection, change: Change) -> tuple[Flow, int | None] | None:
     """What :func:`change_flow` would have answered, if it committed and only its reply was lost; else None."""
-    mine = sa.select(flow_events.c.id).where(
-        flow_events.c.flow_id == change.flow_id,
-        flow_events.c.revision == change.revision + 1,
-        flow_events.c.write_id == change.write_id,
-    )
-    event_id = conn.scalar(mine)
-    flow = None if event_id is None else get_flow(conn, change.flow_id)
-    return None if flow is None else (flow, event_id)
+    flow = get_flow(conn, change.flow_id)
+    if flow is None:
+        return None
+    if change.kind is None:  # no event to go by, but the row itself says the same
+        mine = all(getattr(flow, name) == value for name, value in change.columns.items())
+        return (flow, None) if mine and flow.revision == change.revision + 1 else None
+    event = find_event(conn, change.flow_id, change.write_id)
+    return None if event is None else (flow, event.id)
 
 
 def change_to(flow: Flow, kind: str | None, payload: dict[str, Any]) -> Change:
@@ -255,7 +261,9 @@ def event_of(change: Change, stored: Flow, event_id: int | None) -> FlowEvent:
 
 
 @writes
-def update_locked(conn: Connection, flow_id: UUID, decide: Callable[[Flow], Transition | None]) -> Flow:
+def update_locked(
+    conn: Connection, flow_id: UUID, decide: Callable[[Flow], Transition | None], write_id: UUID | None = None
+) -> Flow:
     """Reads the flow under its row's lock, has ``decide`` say what changes, and writes that.
 
     Raises:
@@ -269,20 +277,37 @@ def update_locked(conn: Connection, flow_id: UUID, decide: Callable[[Flow], Tran
         return flow
     after = transition.applied_to(flow)
     drive = follow_up(after.status, after.wait_json, transition.kind)
-    return change_flow(conn, change_of(flow, transition, drive=drive))[0]
+    return change_flow(conn, change_of(flow, transition, drive=drive, write_id=write_id or new_id()))[0]
+
+
+@reads
+def find_locked(conn: Connection, flow_id: UUID, write_id: UUID) -> Flow | None:
+    """The flow, if :func:`update_locked` committed under this write id and only its reply was lost."""
+    return None if find_event(conn, flow_id, write_id) is None else get_flow(conn, flow_id)
 
 
 # ---- events ---------------------------------------------------------------------------------------------------------
 
 
 @writes
-def append_event(conn: Connection, flow_id: UUID, kind: str, payload: dict[str, Any]) -> FlowEvent:
+def append_event(
+    conn: Connection, flow_id: UUID, kind: str, payload: dict[str, Any], write_id: UUID | None = None
+) -> FlowEvent:
     check_name("kind", kind)
     encode_json("payload", payload)
     if get_flow(conn, flow_id) is None:
         raise FlowNotFound(flow_id)
-    row = sa.insert(flow_events).values(flow_id=flow_id, kind=kind, payload_json=payload, at=now(conn))
+    values = {"flow_id": flow_id, "kind": kind, "payload_json": payload, "at": now(conn), "write_id": write_id}
+    row = sa.insert(flow_events).values(values)
     return FlowEvent.of_row(conn.execute(row.returning(*EVENT_COLUMNS)).mappings().one())
+
+
+@reads
+def find_event(conn: Connection, flow_id: UUID, write_id: UUID) -> FlowEvent | None:
+    """What a writer that lost the reply to its commit looks for; it made the write id before its first try."""
+    mine = sa.select(*EVENT_COLUMNS).where(flow_events.c.flow_id == flow_id, flow_events.c.write_id == write_id)
+    row = conn.execute(mine).mappings().first()
+    return None if row is None else FlowEvent.of_row(row)
 
 
 @reads
@@ -306,6 +331,13 @@ def insert_step(conn: Connection, step: FlowStep) -> None:
             conn.execute(sa.insert(flow_steps).values(dict(step)))
     except IntegrityError:
         raise DuplicateStep(step.flow_id, step.run_id) from None
+
+
+@reads
+def find_inserted_step(conn: Connection, step: FlowStep) -> bool | None:
+    """Whether :func:`insert_step` committed and only its reply was lost."""
+    stored = get_step(conn, step.id)
+    return True if stored is not None and stored.created_at == step.created_at else None
 
 
 @writes
@@ -357,19 +389,26 @@ def count_steps(conn: Connection, flow_id: UUID) -> dict[FlowStepStatus, int]:
 
 
 @writes_once
-def observe_step(conn: Connection, step: FlowStep) -> FlowStep:
+def observe_step(conn: Connection, step: FlowStep, write_id: UUID | None = None) -> FlowStep:
     """Upserts by (flow_id, run_id), with its event. A closed step stays as it is; a missing session key keeps the old.
 
     Raises:
         FlowNotFound: nothing was written.
     """
-    row = dialect(conn).observe(conn, step)
+    row = dialect(conn).observe(conn, step, write_id)
     if row is not None:
         return FlowStep.of_row(row)
     known = find_step_by_run_id(conn, step.flow_id, step.run_id)
     if known is None:
         raise FlowNotFound(step.flow_id)
     return known
+
+
+@reads
+def find_observed(conn: Connection, step: FlowStep, write_id: UUID) -> FlowStep | None:
+    """The step, if :func:`observe_step` committed under this write id and only its reply was lost."""
+    mine = find_event(conn, step.flow_id, write_id)
+    return None if mine is None else find_step_by_run_id(conn, step.flow_id, step.run_id)
 
 
 # ---- retention ------------------------------------------------------------------------------------------------------

@@ -396,20 +396,21 @@ _OBSERVE = sa.text(
             error_json = coalesce(excluded.error_json, flow_steps.error_json), updated_at = {NOW}
           WHERE flow_steps.status IN ('pending', 'running') AND flow_steps.runtime = excluded.runtime
           RETURNING *),
-        e AS (INSERT INTO flow_events (flow_id, kind, payload_json, at)
-          SELECT s.flow_id, 'step_observed', jsonb_build_object('run_id', s.run_id, 'step', jsonb_build_object(
-            'id', s.id, 'runtime', s.runtime, 'child_session_key', s.child_session_key, 'task', s.task,
-            'status', s.status, 'result_json', s.result_json, 'error_json', s.error_json, 'position', s.position,
-            'attempt', s.attempt)),
+        e AS (INSERT INTO flow_events (flow_id, write_id, kind, payload_json, at)
+          SELECT s.flow_id, :write_id, 'step_observed', jsonb_build_object('run_id', s.run_id, 'step',
+            jsonb_build_object('id', s.id, 'runtime', s.runtime, 'child_session_key', s.child_session_key,
+            'task', s.task, 'status', s.status, 'result_json', s.result_json, 'error_json', s.error_json,
+            'position', s.position, 'attempt', s.attempt)),
             s.updated_at FROM s)
         SELECT s.* FROM s"""
 ).columns(*flow_steps.c)
 
 
-def observe(conn: Connection, step: FlowStep) -> Row | None:
+def observe(conn: Connection, step: FlowStep, write_id: UUID | None) -> Row | None:
     """Inserts or brings forward an observed step with its event; None if it is closed, or the flow is not there."""
     names = ("id", "runtime", "child_session_key", "run_id", "task", "status", "result_json", "error_json", "flow_id")
-    return conn.execute(_OBSERVE, encoded({n: getattr(step, n) for n in names})).mappings().first()
+    values = encoded({n: getattr(step, n) for n in names}) | {"write_id": write_id}
+    return conn.execute(_OBSERVE, values).mappings().first()
 
 
 # ---- engines --------------------------------------------------------------------------------------------------------

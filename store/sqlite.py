@@ -414,7 +414,7 @@ def _swept(conn: Connection, row: Row, at: datetime, first: float, cap: float) -
 # ---- observations ---------------------------------------------------------------------------------------------------
 
 
-def observe(conn: Connection, step: FlowStep) -> Row | None:
+def observe(conn: Connection, step: FlowStep, write_id: UUID | None) -> Row | None:
     """Inserts or brings forward an observed step with its event; None if it is closed, or the flow is not there."""
     at = now(conn)
     mine = and_(_s.flow_id == step.flow_id, _s.run_id == step.run_id)
@@ -447,7 +447,8 @@ def observe(conn: Connection, step: FlowStep) -> Row | None:
         )
     }
     payload = {"run_id": row["run_id"], "step": {"id": str(row["id"]), **told}}
-    conn.execute(sa.insert(flow_events).values(flow_id=step.flow_id, kind="step_observed", payload_json=payload, at=at))
+    event = {"flow_id": step.flow_id, "kind": "step_observed", "payload_json": payload, "at": at, "write_id": write_id}
+    conn.execute(sa.insert(flow_events).values(event))
     return row
 
 

@@ -16,7 +16,7 @@ from celery_flows.store import schema, script, sqlite
 from celery_flows.store.base import FlowStore
 from celery_flows.store.changes import Change
 from celery_flows.store.engines import dialect_of, make_engine
-from celery_flows.store.models import Flow, FlowEvent, FlowStatus, FlowStep
+from celery_flows.store.models import Flow, FlowEvent, FlowStatus, FlowStep, new_id
 from celery_flows.store.operations import Mode
 from celery_flows.store.script import Call, Pause, Script
 from celery_flows.store.transitions import Transition
@@ -113,7 +113,7 @@ class SqlFlowStore(FlowStore):
     # ---- the contract ----
 
     def insert(self, flow: Flow) -> None:
-        self.run(op.insert_flow, flow)
+        self.attempt(Call(op.insert_flow, (flow,)), settled=Call(op.find_inserted, (flow,)))
 
     def get(self, flow_id: UUID) -> Flow | None:
         return self.run(op.get_flow, flow_id)
@@ -128,13 +128,16 @@ class SqlFlowStore(FlowStore):
         return self.change(op.change_to(flow, None, {}))[0]
 
     def append_event(self, flow_id: UUID, kind: str, payload: dict[str, Any]) -> FlowEvent:
-        return self.run(op.append_event, flow_id, kind, payload)
+        write_id = new_id()
+        appended = Call(op.append_event, (flow_id, kind, payload, write_id))
+        event: FlowEvent = self.attempt(appended, settled=Call(op.find_event, (flow_id, write_id)))
+        return event
 
     def list_events(self, flow_id: UUID, limit: int | None = 100, after: FlowEvent | None = None) -> list[FlowEvent]:
         return self.run(op.list_events, flow_id, limit, after)
 
     def insert_step(self, step: FlowStep) -> None:
-        self.run(op.insert_step, step)
+        self.attempt(Call(op.insert_step, (step,)), settled=Call(op.find_inserted_step, (step,)))
 
     def update_step(self, step: FlowStep) -> FlowStep:
         return self.run(op.update_step, step)
@@ -177,7 +180,13 @@ class SqlFlowStore(FlowStore):
         self.attempt(created, settled=Call(op.find_created, (flow,)))
 
     def update_locked(self, flow_id: UUID, decide: Callable[[Flow], Transition | None]) -> Flow:
-        return self.run(op.update_locked, flow_id, decide)
+        write_id = new_id()
+        updated = Call(op.update_locked, (flow_id, decide, write_id))
+        flow: Flow = self.attempt(updated, settled=Call(op.find_locked, (flow_id, write_id)))
+        return flow
 
     def upsert_step(self, step: FlowStep) -> FlowStep:
-        return self.run(op.observe_step, step)
+        write_id = new_id()
+        observed = Call(op.observe_step, (step, write_id))
+        stored: FlowStep = self.attempt(observed, settled=Call(op.find_observed, (step, write_id)))
+        return stored

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 
 from celery import Celery
 
-from celery_flows.store import FlowManager, SqlFlowStore
+from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
 from celery_flows.store.engines import make_engine
 from celery_flows.tasks.publish import Publisher
 from celery_flows.tasks.registry import Registry
@@ -54,6 +55,19 @@ class Runtime:
         if self._given_store is not None:
             return self._given_store
         return SqlFlowStore(make_engine(self.settings.require_store_url()))
+
+    def import_definitions(self) -> None:
+        """Imports the modules that ``flow_imports`` names.
+
+        Raises:
+            InvalidData: one cannot be imported.
+        """
+        for module in self.settings.imports:
+            try:
+                import_module(module)
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                raise InvalidData("flow_imports", f"module {module!r} cannot be imported ({why})") from error
 
     @property
     def manager(self) -> FlowManager:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from celery_flows.store import SqlFlowStore
 from celery_flows.store.engines import make_engine
-
 from tests.support.databases import Databases, NoServer, choose_server
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from celery import Celery
+from typing import Any
+
+import click
+from celery import Celery, bootsteps
 
 from celery_flows.worker.flows import Flows
 
@@ -25,9 +28,13 @@ app.conf.update(
 flows = Flows(app)
 
 
-def load_imports() -> None:
-    """Imports the modules that FLOW_IMPORTS names, when the app is finalized."""
-    app.conf.imports = tuple(app.conf.imports or ()) + flows.settings.imports
+class BrokerIsSet(bootsteps.Step):
+    """Keeps this app, which is configured by the environment alone, from falling back to Celery's default broker."""
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        if not app.conf.broker_url:
+            raise click.ClickException("no broker is set: set CELERY_BROKER_URL, e.g. redis://localhost:6379/0")
 
 
-app.on_after_configure.connect(lambda **_: load_imports(), weak=False)
+app.steps["worker"].add(BrokerIsSet)

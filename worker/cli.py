@@ -112,6 +112,7 @@ def start(
 ) -> None:
     """Starts the flow NAME with INPUT (JSON), and prints its id."""
     flows.app.loader.import_default_modules()
+    flows.runtime.import_definitions()
     handle = flows.runtime.registry.require(name).start(input, key=key, owner=owner, goal=goal)
     if wait is None:
         output.show_json({"id": handle.id}) if as_json else click.echo(handle.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -16,6 +17,8 @@ from kombu.utils.url import maybe_sanitize_url
 from celery_flows.store import FlowError, SqlFlowStore
 from celery_flows.worker import output
 from celery_flows.worker.embedded import Processes, await_fact, start_broker
+
+SHARED = ("FLOW_STORE_URL", "CELERY_BROKER_URL")  # what another terminal needs to talk to the same flows
 
 
 @click.command()
@@ -62,6 +65,9 @@ def _start(processes: Processes, app: str, concurrency: int, flower_port: int, l
             "flower", [*celery, "flower", "--address=127.0.0.1", f"--port={flower_port}", "--read-only=True"]
         )
         where.append(("flower", f"http://127.0.0.1:{flower_port}"))
+    environment = processes.directory / "env"
+    environment.write_text("".join(f"export {key}={shlex.quote(processes.environment[key])}\n" for key in SHARED))
+    where.append(("for other terminals", f". {environment}"))
     await_fact(lambda: b" ready." in ready.read_bytes()[mark:], worker, ready)
     output.show_table("celery-flows dev", ("part", "where"), where)
     click.echo("ready; Ctrl-C ends it")

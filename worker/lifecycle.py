@@ -55,8 +55,9 @@ class WorkerStep(bootsteps.StartStopStep):
 
 
 def check_ready(runtime: Runtime) -> None:
-    """Raises a :class:`click.ClickException` with one sentence unless settings, database and schema are right."""
+    """Raises a :class:`click.ClickException` with one sentence unless settings, flows, database and schema are right."""
     try:
+        runtime.import_definitions()
         _ = runtime.store
     except FlowError as error:
         raise click.ClickException(str(error)) from error

@@ -1,4 +1,4 @@
-"""``python -m examples.verify_packages demo``: the audit with everything it needs, and a worker killed in the middle."""
+"""``python -m examples.verify_packages demo``: the audit and all it needs, and a worker killed in the middle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ def main() -> None:
 
 @main.command()
 @click.argument("environment", required=False)
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), default=Path("verify-packages.json"), show_default=True, help="Where the report goes, as JSON.")  # fmt: skip
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("verify-packages.json"),
+    show_default=True,
+    help="Where the report goes, as JSON.",
+)
 @click.option("--kill/--no-kill", default=True, show_default=True, help="Kill a worker with SIGKILL in the middle.")
 def demo(environment: str | None, report: Path, kill: bool) -> None:
     """Audits ENVIRONMENT (a virtual environment or a folder of packages; default: the one this runs in).

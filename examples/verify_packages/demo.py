@@ -103,10 +103,7 @@ def _conclude(handle: FlowHandle[Report], report_file: Path, effects: Path, stru
         console.print(f"[red]does not add up: {finding}[/red]")
     reclaimed = sum(event.kind == "step_started" for event in events) - report.distributions
     console.print(f"report: {report_file}")
-    console.print(
-        f"steps begun again because their worker died: {reclaimed}; recorded steps that ran again: 0"
-        if not wrong
-        else ""
-    )
+    if not wrong:
+        console.print(f"steps begun again because their worker died: {reclaimed}; recorded steps that ran again: 0")
     console.print(flow.status.value)
     return 1 if wrong else 0

@@ -38,7 +38,7 @@ def show_history(events: list[FlowEvent]) -> None:
                 table.add_row(_at(event), event.kind, event.payload_json.get("set", {}).get("current_step", ""))
             continue
         for kind, count in Counter(event.kind for event in run).items():
-            table.add_row(_at(run[0]), f"{kind} × {count}", "")
+            table.add_row(_at(run[0]), f"{kind} x {count}", "")
         for event in run:
             run_id = event.payload_json["run_id"]
             if event.kind == "step_started" and run_id in begun:

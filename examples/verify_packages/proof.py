@@ -42,13 +42,12 @@ def recount(report: Report) -> list[str]:
 def reruns(steps: list[FlowStep], events: list[FlowEvent], effects: Path) -> list[str]:
     """Names each step that ran after it was recorded, or more often than workers began it."""
     ran = Counter(json.loads(line)["name"] for line in effects.read_text().splitlines())
-    told = [event.payload_json["run_id"] for event in events if event.kind == "step_started"]
-    began = Counter(told)
-    members = [step for step in steps if step.args_json is not None]
+    began = Counter(event.payload_json["run_id"] for event in events if event.kind == "step_started")
+    names = {step.run_id: step.args_json["args"][1] for step in steps if step.args_json is not None}
     wrong = [
-        f"{step.args_json['args'][1]}: its body ran {ran[step.args_json['args'][1]]} times, workers began it {began[step.run_id]} times"
-        for step in members
-        if ran[step.args_json["args"][1]] > began[step.run_id]
+        f"{name}: its body ran {ran[name]} times, workers began it {began[run_id]} times"
+        for run_id, name in names.items()
+        if not 1 <= ran[name] <= began[run_id]
     ]
     recorded: set[str] = set()
     for event in sorted(events, key=lambda event: event.id):

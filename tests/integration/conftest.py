@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any
 
 import pytest
+from celery_flows.store.engines import make_engine
 
-from tests.support.bench import Bench, opened
+from tests.support.bench import Bench
+from tests.support.databases import Databases
+from tests.support.shells import wipe
+
+MakeBench = Callable[..., Bench]
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def engine_database(
+    request: pytest.FixtureRequest, databases: Databases, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A database of each kind that the tests of the engine use in turn."""
+    path = tmp_path_factory.mktemp("engine") / "flows.sqlite"
+    made = databases.sqlite(path) if request.param == "sqlite" else databases.postgresql()
+    with made as url:
+        yield url
 
 
 @pytest.fixture
-def bench(database_url: str) -> Iterator[Bench]:
-    """Flows over each database; after the test every history must be whole."""
-    yield from opened(database_url)
+def make_bench(engine_database: str) -> Iterator[MakeBench]:
+    """Opens benches over one empty database, as many as processes are needed. Every history must be whole afterwards."""
+    with ExitStack() as opened:
+        engine = make_engine(engine_database)
+        with engine.begin() as connection:
+            wipe(connection)
+        engine.dispose()
+
+        def open_bench(**options: Any) -> Bench:
+            return opened.enter_context(closing(Bench(engine_database, **options)))
+
+        yield open_bench
+        open_bench().audit()
+
+
+@pytest.fixture
+def bench(make_bench: MakeBench) -> Bench:
+    """Flows over each database."""
+    return make_bench()

@@ -12,6 +12,7 @@ from celery_flows import FlowFailed, FlowStatus, InvalidData, Run, StepFailed
 from celery_flows.tasks.run import run_id_of
 from pydantic import BaseModel
 
+from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
 
 MOMENT = timedelta(milliseconds=5)
@@ -167,8 +168,8 @@ def test_a_flow_result_that_cannot_be_json_fails_the_flow(bench: Bench) -> None:
         bench.finish(handle)
 
 
-def test_a_result_over_the_limit_is_refused(database_url: str) -> None:
-    bench = Bench(database_url, max_payload_bytes=100)
+def test_a_result_over_the_limit_is_refused(make_bench: MakeBench) -> None:
+    bench = make_bench(max_payload_bytes=100)
 
     @bench.flows.flow("large")
     def flow(run: Run) -> str:
@@ -176,8 +177,6 @@ def test_a_result_over_the_limit_is_refused(database_url: str) -> None:
 
     with pytest.raises(FlowFailed, match="100 are allowed"):
         bench.finish(flow.start())
-    bench.audit()
-    bench.close()
 
 
 @pytest.mark.parametrize("wrong", [{"id": "o-1"}, {"id": "o-1", "cents": "many"}, None, "o-1"])
@@ -287,6 +286,14 @@ def test_only_what_the_flow_does_moves_the_history(bench: Bench) -> None:
 
     handle = story.start(goal="to be told", owner="tenant:acme")
     bench.finish(handle)
-    assert bench.kinds(handle.id) == ["created", "started", "step_succeeded", "waiting", "resumed", "step_succeeded", "finished"]
+    assert bench.kinds(handle.id) == [
+        "created",
+        "started",
+        "step_succeeded",
+        "waiting",
+        "resumed",
+        "step_succeeded",
+        "finished",
+    ]
     flow = handle.get()
     assert (flow.goal, flow.owner_session_key, flow.current_step) == ("to be told", "tenant:acme", "sleep")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from celery_flows.store import Flow, FlowManager, SqlFlowStore
 
+from celery_flows.store import Flow, FlowManager, SqlFlowStore
 from tests.support.databases import Databases
 from tests.support.shells import SHELLS, Shell
 
@@ -36,6 +37,15 @@ def shell(open_shell: Shell) -> Shell:
         caller.wipe()
         caller.commit()
     return open_shell
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest, databases: Databases, tmp_path: Path) -> Iterator[str]:
+    """A fresh database of each kind, without our tables."""
+    path = tmp_path / "empty.sqlite"
+    made = databases.sqlite(path, empty=True) if request.param == "sqlite" else databases.postgresql(empty=True)
+    with made as url:
+        yield url
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What every store promises, over each database, synchronous and awaited: the contract of ``FlowStore``, line by line."""
+"""The contract of ``FlowStore``, line by line, over each database, synchronous and awaited."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from datetime import timedelta
 from uuid import uuid4
 
 import pytest
+
 from celery_flows.store import (
     DuplicateFlow,
     DuplicateStep,
@@ -16,7 +17,6 @@ from celery_flows.store import (
     RevisionMismatch,
     StepNotFound,
 )
-
 from tests.support.samples import DAY, UNSTORABLE, a_flow, a_step, now
 from tests.support.shells import Shell
 

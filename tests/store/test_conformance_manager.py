@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+
 from celery_flows.store import (
     AlreadyTerminal,
     CancelPending,
@@ -20,7 +21,6 @@ from celery_flows.store import (
     InvalidData,
     TimerWait,
 )
-
 from tests.support.fold import assert_whole
 from tests.support.samples import DAY, NAMES, UNSTORABLE, now
 from tests.support.shells import Shell

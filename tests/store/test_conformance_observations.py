@@ -6,8 +6,8 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from celery_flows.store import Flow, FlowNotFound, FlowStepStatus, InvalidData, StepRuntime
 
+from celery_flows.store import Flow, FlowNotFound, FlowStepStatus, InvalidData, StepRuntime
 from tests.support.fold import assert_whole
 from tests.support.samples import NAMES, UNSTORABLE
 from tests.support.shells import Shell
@@ -60,9 +60,7 @@ def test_a_closed_step_is_never_overwritten(shell: Shell, closed: FlowStepStatus
 
 def test_a_managed_step_is_not_touched_by_an_observation(shell: Shell) -> None:
     flow, seen = mirrored(shell)
-    managed = shell.manager.record_step_observation(
-        **seen, status=FlowStepStatus.RUNNING, runtime=StepRuntime.MANAGED
-    )
+    managed = shell.manager.record_step_observation(**seen, status=FlowStepStatus.RUNNING, runtime=StepRuntime.MANAGED)
     assert shell.manager.record_step_observation(**seen, status=FlowStepStatus.SUCCEEDED) == managed
     assert shell.manager.list_steps(flow.id) == [managed]
 

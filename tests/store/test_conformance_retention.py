@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
 from celery_flows.store import FlowStatus, InvalidData
 from celery_flows.store import operations as op
-
 from tests.support.samples import DAY, a_flow, a_step, ended, now
 from tests.support.shells import Shell
 
@@ -75,9 +75,7 @@ def test_prune_takes_an_orphan(shell: Shell) -> None:
     assert shell.store.prune_terminal_flows(30) == 1
 
 
-def test_prune_goes_on_batch_by_batch_past_what_it_must_leave(
-    shell: Shell, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prune_goes_on_batch_by_batch_past_what_it_must_leave(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     shell.store.insert(parent := a_flow(status=FlowStatus.WAITING))
     with shell.within("connection") as caller:
         for _ in range(5):

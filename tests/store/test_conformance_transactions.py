@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from celery_flows.store import DuplicateFlow, DuplicateStep, FlowStatus, FlowStepStatus, RevisionMismatch
 
+from celery_flows.store import DuplicateFlow, DuplicateStep, FlowStatus, FlowStepStatus, RevisionMismatch
 from tests.support.fold import assert_whole
 from tests.support.samples import NAMES, a_flow, a_step
 from tests.support.shells import Bound, Shell

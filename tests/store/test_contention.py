@@ -7,13 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Barrier
 
-import pytest
-from celery_flows.store import AlreadyTerminal, Flow, FlowManager, FlowStatus, FlowStepStatus, SqlFlowStore
 
-from tests.support.databases import Databases
+from celery_flows.store import AlreadyTerminal, Flow, FlowManager, FlowStatus, FlowStepStatus, SqlFlowStore
 from tests.support.fold import assert_whole
 from tests.support.samples import NAMES
 
@@ -92,10 +89,8 @@ SqlFlowStore.open(sys.argv[1]).close()
 """
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_two_processes_may_migrate_a_fresh_database_at_once(kind: str, databases: Databases, tmp_path: Path) -> None:
-    fresh = databases.sqlite(tmp_path / "f.sqlite", empty=True) if kind == "sqlite" else databases.postgresql(empty=True)
-    with fresh as url, processes([sys.executable, "-c", MIGRATE, url], count=3) as racers:
+def test_several_processes_may_migrate_a_fresh_database_at_once(empty_url: str) -> None:
+    with processes([sys.executable, "-c", MIGRATE, empty_url], count=3) as racers:
         for racer in racers:
             assert racer.stdout is not None
             assert racer.stdout.readline() == "ready\n"

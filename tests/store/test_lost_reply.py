@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 from celery_flows.store import Flow, FlowManager, FlowStepStatus, SqlFlowStore
 from celery_flows.store.engines import make_engine
-
 from tests.support.fold import assert_whole
 from tests.support.proxy import COMMIT, Proxy
 from tests.support.samples import NAMES, a_flow, a_step

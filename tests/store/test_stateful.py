@@ -8,6 +8,10 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
 from celery_flows.store import (
     AlreadyTerminal,
     CancelPending,
@@ -23,10 +27,6 @@ from celery_flows.store import (
     SqlFlowStore,
 )
 from celery_flows.store.engines import make_engine
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-
 from tests.support.fold import assert_whole
 
 SETTINGS = settings(

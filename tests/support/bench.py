@@ -7,7 +7,6 @@ what a worker does. The broker is kombu's own in memory; tests look at the messa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -24,7 +23,7 @@ from celery_flows.tasks.drive import drive
 from celery_flows.tasks.steps import Delivery, run_step
 
 from tests.support.fold import assert_whole
-from tests.support.waiting import wait_until
+from tests.support.waiting import until
 
 T = TypeVar("T")
 _numbers = itertools.count(1)
@@ -83,7 +82,9 @@ class Bench:
     def claimable(self) -> list[tuple[str, str]]:
         """Kind and run id of what a message would find to claim, steps first."""
         published = sa.and_(_d.worker.is_(None), _d.publish_count > 0)
-        due = sa.select(_d.kind, _d.run_id).where(_d.task.isnot(None), sa.or_(published, _d.due_at <= self.store.run(op.now)))
+        due = sa.select(_d.kind, _d.run_id).where(
+            _d.task.isnot(None), sa.or_(published, _d.due_at <= self.store.run(op.now))
+        )
         rows = self.query(due.order_by(_d.kind.desc(), _d.run_id))
         return [(row.kind, row.run_id) for row in rows]
 
@@ -104,7 +105,7 @@ class Bench:
             self.work()
             return handle.status().is_terminal
 
-        wait_until(ended, seconds, what="the flow ends")
+        until(ended, "the flow ends", within_seconds=seconds)
         return handle.result(0)
 
     def sweep(self) -> maintenance.SweepReport:
@@ -118,6 +119,10 @@ class Bench:
         self.work()
 
     # ---- time, which the tests move ----
+
+    def call_driver(self, flow_id: UUID) -> None:
+        """The flow's row is due, as when somebody calls its driver."""
+        self._past(_d.run_id == str(flow_id))
 
     def end_leases(self) -> int:
         """All leases have ended: their workers were silent for too long."""
@@ -173,13 +178,3 @@ class Bench:
                 assert all(step.status.is_terminal for step in self.store.list_steps(flow_id))
         for row in self.query(sa.select(flow_dispatch)):
             assert row.open_members >= 0
-
-
-def opened(url: str, **conf: Any) -> Iterator[Bench]:
-    """A bench for one test, audited at its end."""
-    bench = Bench(url, **conf)
-    try:
-        yield bench
-        bench.audit()
-    finally:
-        bench.close()

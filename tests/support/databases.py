@@ -22,9 +22,10 @@ from pathlib import Path
 from uuid import uuid4
 
 import sqlalchemy as sa
+from sqlalchemy.pool import NullPool
+
 from celery_flows.store import schema
 from celery_flows.store.engines import make_engine, parse_url
-from sqlalchemy.pool import NullPool
 
 VARIABLE = "TEST_DATABASE_URL"
 

@@ -11,15 +11,15 @@ from typing import Self
 import sqlalchemy as sa
 
 READY = b"Z\x00\x00\x00\x05"  # ReadyForQuery: the statement has run, and, outside a transaction, has committed
-COMMIT = "COMMIT\0"
+COMMIT = "COMMIT\0"  # not the one in "READ COMMITTED"
 
 
 class Proxy:
     """Passes everything on, until the statement comes that it was told to break at.
 
-    :meth:`lose_reply` lets the server run it and keeps the answer; :meth:`lose_request` keeps it from the server. Either
-    strikes once, closes that connection on both sides, and counts in ``struck``. The statement's text must be in the
-    message (:data:`COMMIT` is not in "READ COMMITTED"), so TLS is off, and it must not have run five times on one connection (psycopg then sends but its name).
+    :meth:`lose_reply` lets the server run it and keeps the answer; :meth:`lose_request` keeps it from the server.
+    Either strikes once, closes that connection on both sides, and counts in ``struck``. The statement's text must be in
+    the message: so TLS is off, and it must not have run five times on one connection (psycopg then sends but its name).
     """
 
     def __init__(self, url: str) -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
 from celery_flows.store import AsyncFlowManager, AsyncFlowStore, FlowManager, SqlFlowStore
 from celery_flows.store.engines import make_async_engine, make_engine
 from celery_flows.store.tables import flow_dispatch, flow_inbox, flows
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
 
 
 class Awaited:

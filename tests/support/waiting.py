@@ -1,4 +1,4 @@
-"""Waiting for facts: always with a deadline, never for a while and then hoping."""
+"""Waiting for facts, never for time."""
 
 from __future__ import annotations
 
@@ -6,17 +6,34 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import sqlalchemy as sa
+
 T = TypeVar("T")
 
-POLL_SECONDS = 0.02
+
+def until(look: Callable[[], T], what: str, *, within_seconds: float = 10.0) -> T:
+    """What ``look`` gives once it is true; fails, saying ``what`` did not happen, when the time is over."""
+    deadline = time.monotonic() + within_seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"not within {within_seconds} s: {what}"
+        time.sleep(0.005)
+    return found
 
 
-def wait_until(fact: Callable[[], T], seconds: float = 20.0, *, what: str = "") -> T:
-    """The first answer of ``fact`` that is true. Past the deadline the test fails, with the last answer."""
-    deadline = time.monotonic() + seconds
-    while not (answer := fact()):
-        if time.monotonic() > deadline:
-            name = what or getattr(fact, "__qualname__", repr(fact))
-            raise AssertionError(f"not within {seconds:g} s: {name} (the last answer was {answer!r})")
-        time.sleep(POLL_SECONDS)
-    return answer
+def waits_for_lock(engine: sa.Engine) -> int | None:
+    """The process id of a session of this PostgreSQL database that waits for a lock, if there is one."""
+    blocked = sa.text(
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' LIMIT 1"
+    )
+    with engine.connect() as connection:
+        found: int | None = connection.scalar(blocked)
+        return found
+
+
+def other_sessions(engine: sa.Engine) -> int:
+    """How many more sessions this PostgreSQL database has."""
+    others = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    with engine.connect() as connection:
+        return int(connection.scalar(others) or 0)
