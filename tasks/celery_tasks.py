@@ -22,8 +22,10 @@ SWEEP_TASK, PRUNE_TASK, START_TASK = "flows.sweep", "flows.prune", "flows.start"
 
 # Early acknowledgement: the store sends what was lost again, so a late one would only bring redelivery loops,
 # RabbitMQ's consumer timeout and Redis' visibility timeout. No result backend: the store is the truth.
+# Not shared: Celery gives shared tasks to every app of the process, and another app's would drive with our runtime.
 OPTIONS: dict[str, Any] = {
     "bind": True,
+    "shared": False,
     "acks_late": False,
     "reject_on_worker_lost": False,
     "ignore_result": True,

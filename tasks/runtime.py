@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import socket
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 
 from celery import Celery
+from celery.utils.imports import import_from_cwd
 
 from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
 from celery_flows.store.engines import make_engine
@@ -64,7 +64,7 @@ class Runtime:
         """
         for module in self.settings.imports:
             try:
-                import_module(module)
+                import_from_cwd(module)  # the current folder is searched, as for Celery's own imports
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
                 raise InvalidData("flow_imports", f"module {module!r} cannot be imported ({why})") from error

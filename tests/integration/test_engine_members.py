@@ -32,17 +32,17 @@ class Tasks(NamedTuple):
 def add_tasks(bench: Bench) -> Tasks:
     """The user's own tasks, as a user writes them."""
 
-    @bench.app.task(name="square")
+    @bench.task("square")
     def square(n: int) -> int:
         bench.effects.append(n)
         return n * n
 
-    @bench.app.task(name="boom")
+    @bench.task("boom")
     def boom(text: str = "bad") -> int:
         bench.effects.append("boom")
         raise RuntimeError(text)
 
-    @bench.app.task(name="label")
+    @bench.task("label")
     def label(box: int) -> Label:
         return Label(box=box)
 
@@ -188,7 +188,7 @@ def test_failing_waits_for_the_member_that_is_running(make_bench: MakeBench) -> 
     tasks = add_tasks(bench)
     held: list[UUID] = []
 
-    @other.app.task(name="square")
+    @other.task("square")
     def square(n: int) -> int:
         # While this member runs, its sibling fails, and the flow is driven on.
         bench.run_step(members(bench, held[0])[1])
@@ -269,7 +269,7 @@ def test_results_of_tasks_are_read_back_by_their_annotation(bench: Bench) -> Non
 
 
 def test_a_task_result_that_cannot_be_json_fails_the_step(bench: Bench) -> None:
-    @bench.app.task(name="strange")
+    @bench.task("strange")
     def strange() -> Any:
         return {"password": {1, 2}}
 
@@ -311,7 +311,9 @@ def test_canvas_is_no_step(bench: Bench) -> None:
 
 
 def test_queue_priority_and_limits_are_the_tasks_or_the_signatures(bench: Bench) -> None:
-    @bench.app.task(name="routed", queue="big", priority=3, time_limit=60)
+    bench.app.conf.task_routes = {"routed": {"queue": "big"}}
+
+    @bench.task("routed", priority=3, time_limit=60)
     def routed() -> int:
         return 1
 
@@ -335,7 +337,7 @@ def test_queue_priority_and_limits_are_the_tasks_or_the_signatures(bench: Bench)
 
 
 def test_retry_in_a_task_is_recorded_and_not_claimable_before_its_time(bench: Bench) -> None:
-    @bench.app.task(name="flaky", bind=True, max_retries=3)
+    @bench.task("flaky", bind=True, max_retries=3)
     def flaky(self: Task[Any, Any], n: int) -> int:
         bench.effects.append(self.request.retries)
         if self.request.retries < 2:
@@ -366,7 +368,7 @@ def test_retry_in_a_task_is_recorded_and_not_claimable_before_its_time(bench: Be
 
 
 def test_retries_that_are_used_up_fail_the_step_with_the_tasks_own_error(bench: Bench) -> None:
-    @bench.app.task(name="hopeless", bind=True, max_retries=1, default_retry_delay=0)
+    @bench.task("hopeless", bind=True, max_retries=1, default_retry_delay=0)
     def hopeless(self: Task[Any, Any]) -> int:
         bench.effects.append(self.request.retries)
         raise self.retry(exc=ValueError("never"))
@@ -381,7 +383,7 @@ def test_retries_that_are_used_up_fail_the_step_with_the_tasks_own_error(bench: 
 
 
 def test_autoretry_for_is_obeyed(bench: Bench) -> None:
-    @bench.app.task(name="auto", bind=True, autoretry_for=(OSError,), retry_backoff=False, default_retry_delay=0)
+    @bench.task("auto", bind=True, autoretry_for=(OSError,), retry_backoff=False, default_retry_delay=0)
     def auto(self: Task[Any, Any]) -> int:
         bench.effects.append(self.request.retries)
         if self.request.retries < 2:
@@ -397,7 +399,7 @@ def test_autoretry_for_is_obeyed(bench: Bench) -> None:
 
 
 def test_a_bound_task_sees_a_request_of_its_own(bench: Bench) -> None:
-    @bench.app.task(name="bound", bind=True)
+    @bench.task("bound", bind=True)
     def bound(self: Task[Any, Any], n: int, *, scale: int = 1) -> dict[str, Any]:
         request = self.request
         return {
@@ -424,7 +426,7 @@ def test_base_classes_and_their_call_are_obeyed(bench: Bench) -> None:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return 2 * self.run(*args, **kwargs)
 
-    @bench.app.task(name="doubled", base=Doubling)
+    @bench.task("doubled", base=Doubling)
     def doubled(n: int) -> int:
         return n
 
@@ -435,12 +437,27 @@ def test_base_classes_and_their_call_are_obeyed(bench: Bench) -> None:
     assert bench.finish(flow.start()) == 42
 
 
+def test_tasks_that_take_pydantic_models_are_given_them(bench: Bench) -> None:
+    @bench.task("models", pydantic=True)
+    def models(label: Label, *, count: int) -> Label:
+        bench.effects.append(label)
+        return Label(box=label.box + count)
+
+    @bench.flows.flow("models")
+    def flow(run: Run) -> int:
+        printed: Label = run.step(models, Label(box=1), count=2)
+        return printed.box
+
+    assert bench.finish(flow.start()) == 3
+    assert bench.effects == [Label(box=1)]
+
+
 def test_ignore_closes_a_step_without_result_and_reject_fails_it(bench: Bench) -> None:
-    @bench.app.task(name="ignored")
+    @bench.task("ignored")
     def ignored() -> None:
         raise Ignore
 
-    @bench.app.task(name="rejected")
+    @bench.task("rejected")
     def rejected() -> None:
         raise Reject("unwanted")
 
