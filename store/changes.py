@@ -94,7 +94,7 @@ class Wake:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """A flow that no definition drives waits: the sweep looks at it at ``due_at``."""
+    """A flow that no definition drives waits: the sweep looks at it at ``due_at``, at once if it is to be cancelled."""
 
     due_at: datetime | None
 

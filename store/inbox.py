@@ -99,14 +99,15 @@ def resumption(conn: Connection, flow: Flow, told: dict[str, Any], payload: Any)
 
 def _closed_wait(conn: Connection, flow_id: UUID, run_id: str, payload: Any) -> StepWrite | None:
     step = conn.execute(
-        sa.select(flow_steps.c.task, flow_steps.c.position, flow_steps.c.id).where(
+        sa.select(flow_steps.c.task, flow_steps.c.position, flow_steps.c.id, flow_steps.c.args_json).where(
             flow_steps.c.flow_id == flow_id, flow_steps.c.run_id == run_id
         )
     ).first()
     if step is None:
         return None
     result = encode_json("payload", payload)
-    return StepWrite(run_id, step.task, FlowStepStatus.SUCCEEDED, step.position, result=result, id=step.id)
+    args = None if step.args_json is None else encode_json("args", step.args_json)
+    return StepWrite(run_id, step.task, FlowStepStatus.SUCCEEDED, step.position, result=result, args=args, id=step.id)
 
 
 @reads

@@ -161,7 +161,8 @@ def _drive_sql(drive: type[Any], forgive: bool, joins: bool) -> list[str]:
     if drive is Settle:
         return [
             f"""w AS (INSERT INTO flow_dispatch (run_id, flow_id, kind, due_at)
-                SELECT CAST(u.id AS text), u.id, 'drive', {param("due_at", "timestamptz")} FROM u
+                SELECT CAST(u.id AS text), u.id, 'drive',
+                  CASE WHEN u.cancel_requested THEN {NOW} ELSE {param("due_at", "timestamptz")} END FROM u
                 ON CONFLICT (run_id) DO UPDATE SET due_at = excluded.due_at WHERE flow_dispatch.task IS NULL)"""
         ]
     if drive is Park:

@@ -68,7 +68,7 @@ def change(conn: Connection, what: Change) -> Row | None:
         event_id = _append_revision(conn, what, what.kind, what.told(), at)
     if what.step is not None:
         _write_step(conn, what.flow_id, what.step, at)
-    _settle_drive_row(conn, what, at)
+    _settle_drive_row(conn, what, at, row["cancel_requested"])
     return {**row, "event_id": event_id}
 
 
@@ -138,12 +138,13 @@ def _member_told(member: Member) -> str:
     return f'{{"run_id":"{member.run_id}","step":{step.told()}}}'
 
 
-def _settle_drive_row(conn: Connection, what: Change, at: datetime) -> None:
+def _settle_drive_row(conn: Connection, what: Change, at: datetime, cancels: bool) -> None:
     mine = _d.run_id == str(what.flow_id)
     match what.drive:
         case Wake():
             conn.execute(sa.update(flow_dispatch).where(mine).values(wakes=_d.wakes + 1, due_at=_due_if_free(at)))
         case Settle(due_at):
+            due_at = at if cancels else due_at  # whatever else is written, the sweep must see the cancel
             undriven = sa.update(flow_dispatch).where(mine, _d.task.is_(None)).values(due_at=due_at)
             there = conn.scalar(sa.select(func.count()).select_from(flow_dispatch).where(mine))
             if there:

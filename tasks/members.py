@@ -45,6 +45,8 @@ def member_of(app: Celery, run_id: str, position: int, signature: Signature[Any]
     task: Any = app.tasks.get(name)
     if task is not None:
         options = {**task._get_exec_options(), **options}
+        if (as_celery_does := getattr(task, "_dump_pydantic_arguments", None)) is not None:  # @app.task(pydantic=True)
+            args, kwargs = as_celery_does(args, kwargs)
     routed = app.amqp.router.route(dict(options), name, args, kwargs, task)
     limits = {limit_name: options[limit_name] for limit_name in LIMITS if options.get(limit_name) is not None}
     queue = routed.get("queue")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 from weakref import WeakSet
 
@@ -36,7 +37,7 @@ class Publisher:
         if not hints:
             return sent
         try:
-            with producers[self._connection()].acquire(block=True, timeout=self._timeout) as producer:
+            with producers[self._connection].acquire(block=True, timeout=self._timeout) as producer:
                 for hint in hints:
                     self._send(producer, hint)
                     sent += 1
@@ -68,7 +69,9 @@ class Publisher:
             **(hint.options or {}),
         )
 
+    @cached_property
     def _connection(self) -> Connection:
+        """Never connected itself: the pool is found by it, and clones it."""
         return self._app.connection_for_write(
             connect_timeout=self._timeout, transport_options=self._transport_options(), heartbeat=0
         )

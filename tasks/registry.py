@@ -87,7 +87,7 @@ class Registry:
         """Registers a definition.
 
         Raises:
-            InvalidData: another function has this name. (The same one again, as when a module is reloaded, replaces it.)
+            InvalidData: another function has this name. The same one again, as when a module is reloaded, replaces it.
         """
         known = self._definitions.get(definition.name)
         if known is not None and _origin(known.function) != _origin(definition.function):

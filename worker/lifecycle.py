@@ -14,6 +14,7 @@ from celery import Celery, bootsteps
 from celery_flows.store import FlowError
 from celery_flows.tasks.maintenance import sweep
 from celery_flows.tasks.runtime import Runtime
+from celery_flows.worker.guard import guard_tasks
 from celery_flows.worker.leases import Leases
 
 log = logging.getLogger("celery_flows.worker")
@@ -35,6 +36,7 @@ class WorkerStep(bootsteps.StartStopStep):
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
         check_ready(self.runtime)
+        guard_tasks(self.runtime.app)
         self._ticker: Ticker | None = None
 
     def start(self, parent: Any) -> None:
@@ -55,7 +57,11 @@ class WorkerStep(bootsteps.StartStopStep):
 
 
 def check_ready(runtime: Runtime) -> None:
-    """Raises a :class:`click.ClickException` with one sentence unless settings, flows, database and schema are right."""
+    """Says nothing if settings, flow definitions, database and schema are right.
+
+    Raises:
+        click.ClickException: with one sentence that says what is not.
+    """
     try:
         runtime.import_definitions()
         _ = runtime.store

@@ -313,19 +313,19 @@ def test_canvas_is_no_step(bench: Bench) -> None:
 def test_queue_priority_and_limits_are_the_tasks_or_the_signatures(bench: Bench) -> None:
     bench.app.conf.task_routes = {"routed": {"queue": "big"}}
 
-    @bench.task("routed", priority=3, time_limit=60)
+    @bench.task("routed", time_limit=60)
     def routed() -> int:
         return 1
 
     @bench.flows.flow("routes")
     def routes(run: Run) -> list[int]:
-        return run.gather([routed.s(), routed.s().set(queue="small", soft_time_limit=5)])
+        return run.gather([routed.s(), routed.s().set(queue="small", priority=3, soft_time_limit=5)])
 
     handle = routes.start()
     bench.drive(handle.id)
     rows = {row.queue: row for row in bench.rows(handle.id)[1:]}
     assert {name: (row.priority, row.options) for name, row in rows.items()} == {
-        "big": (3, {"time_limit": 60}),
+        "big": (None, {"time_limit": 60}),
         "small": (3, {"time_limit": 60, "soft_time_limit": 5}),
     }
     for queue in ("big", "small"):

@@ -9,6 +9,7 @@ import pytest
 
 from celery_flows.store import Flow, FlowManager, SqlFlowStore
 from tests.support.databases import Databases
+from tests.support.driving import Driving
 from tests.support.shells import SHELLS, Shell
 
 
@@ -59,3 +60,9 @@ def flow(manager: FlowManager) -> Flow:
     """A running flow."""
     created = manager.create_managed(controller_id="orders/fulfil", owner_session_key="tenant:acme")
     return manager.start_running(created.id)
+
+
+@pytest.fixture
+def driving(store: SqlFlowStore) -> Driving:
+    """What a driver and its workers do, over ``store``."""
+    return Driving(store)

@@ -86,10 +86,10 @@ class Bench:
     def claimable(self) -> list[tuple[str, str]]:
         """Kind and run id of what a message would find to claim, steps first."""
         published = sa.and_(_d.worker.is_(None), _d.publish_count > 0)
-        due = sa.select(_d.kind, _d.run_id).where(
-            _d.task.isnot(None), sa.or_(published, _d.due_at <= self.store.run(op.now))
-        )
-        rows = self.query(due.order_by(_d.kind.desc(), _d.run_id))
+        with self.store.engine.connect() as connection:
+            due = sa.or_(published, _d.due_at <= op.now(connection))
+            wanted = sa.select(_d.kind, _d.run_id).where(_d.task.isnot(None), due)
+            rows = connection.execute(wanted.order_by(_d.kind.desc(), _d.run_id)).all()
         return [(row.kind, row.run_id) for row in rows]
 
     def work(self) -> None:

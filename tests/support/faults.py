@@ -29,12 +29,12 @@ class MortalStore(SqlFlowStore):
     """A store to which the fault happens at its ``at``-th call from now on; a dead process makes no further call."""
 
     def __init__(self, engine: sa.Engine) -> None:
-        super().__init__(engine)
         self.calls = 0
         self.struck: str | None = None  # the operation that the fault struck
         self._at: int | None = None
         self._strikes = Strikes.BEFORE
         self._dead = False
+        super().__init__(engine)
 
     def strike(self, at: int, strikes: Strikes) -> None:
         """Arms the fault."""
