@@ -39,6 +39,7 @@ class AsyncFlowStore:
             sqlite.prepare(engine.sync_engine)
         self._engines = {
             Mode.READ: AsyncEngine(database.reading(engine.sync_engine)),
+            Mode.SNAPSHOT: AsyncEngine(database.snapshot(engine.sync_engine)),
             Mode.WRITE: AsyncEngine(database.writing(engine.sync_engine, single=False)),
             Mode.SINGLE: AsyncEngine(database.writing(engine.sync_engine, single=True)),
         }

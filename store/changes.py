@@ -185,6 +185,7 @@ def change_of(flow: Flow, transition: Transition, **more: Any) -> Change:
     return Change(flow.id, flow.revision, transition.kind, transition.columns, transition.payload, **more)
 
 
+CALL_THE_WAITING = frozenset({"cancel_requested", "unpaused"})  # its time may have come while it was paused
 QUIET = frozenset({"state_updated", "paused", "step_observed"})  # kinds that call no driver
 
 
@@ -192,6 +193,6 @@ def follow_up(status: FlowStatus, wait: Mapping[str, Any] | None, kind: str) -> 
     """What a change that came from outside the driver means for the flow's dispatch rows."""
     if status in TERMINAL:
         return End()
-    if status is FlowStatus.WAITING and kind != "cancel_requested":
+    if status is FlowStatus.WAITING and kind not in CALL_THE_WAITING:
         return Settle(waits.due_at(wait))
     return None if kind in QUIET else Wake()

@@ -47,7 +47,9 @@ def make_engine(url: str | sa.URL) -> sa.Engine:
     """An engine for this URL, with bounds on everything that could hang."""
     parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
-        return sa.create_engine(parsed.set(drivername="sqlite"), **sqlite.engine_options())
+        engine = sa.create_engine(parsed.set(drivername="sqlite"), **sqlite.engine_options())
+        sqlite.prepare(engine)
+        return engine
     return sa.create_engine(parsed, **postgresql.engine_options())
 
 
@@ -55,5 +57,7 @@ def make_async_engine(url: str | sa.URL) -> AsyncEngine:
     """:func:`make_engine` for asyncio, from the same URL."""
     parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
-        return create_async_engine(parsed.set(drivername="sqlite+aiosqlite"), **sqlite.engine_options())
+        engine = create_async_engine(parsed.set(drivername="sqlite+aiosqlite"), **sqlite.engine_options())
+        sqlite.prepare(engine.sync_engine)
+        return engine
     return create_async_engine(parsed, **postgresql.engine_options())

@@ -40,6 +40,7 @@ class Mode(Enum):
     """How an operation is run in a transaction of its own."""
 
     READ = "read"
+    SNAPSHOT = "snapshot"  # several reads, as of one moment
     WRITE = "write"  # several statements
     SINGLE = "single"  # one statement on PostgreSQL: no BEGIN and COMMIT round trips
 
@@ -52,7 +53,8 @@ def _mode(mode: Mode) -> Callable[[Callable[P, T]], Callable[P, T]]:
     return mark
 
 
-reads, writes, writes_once = _mode(Mode.READ), _mode(Mode.WRITE), _mode(Mode.SINGLE)
+reads, reads_snapshot = _mode(Mode.READ), _mode(Mode.SNAPSHOT)
+writes, writes_once = _mode(Mode.WRITE), _mode(Mode.SINGLE)
 
 
 def dialect(conn: Connection) -> ModuleType:

@@ -439,3 +439,8 @@ def writing(engine: sa.Engine, *, single: bool) -> sa.Engine:
 
 def reading(engine: sa.Engine) -> sa.Engine:
     return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def snapshot(engine: sa.Engine) -> sa.Engine:
+    """The engine for several reads as of one moment."""
+    return engine.execution_options(isolation_level="REPEATABLE READ")

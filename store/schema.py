@@ -11,8 +11,9 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
-from celery_flows.store import sqlite
+from celery_flows.store import script, sqlite
 from celery_flows.store.errors import SchemaOutdated
 from celery_flows.store.operations import reads
 
@@ -52,7 +53,11 @@ def current(conn: Connection) -> str | None:
 
 
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:
-    """Brings the schema up to ``revision``, in one transaction; whoever comes second waits and finds it done."""
+    """Brings the schema up to ``revision``, in one transaction; whoever comes second waits and finds it done.
+
+    Raises:
+        StoreError: the database refused or cannot be reached; it is as it was.
+    """
     _migrate(engine, revision, command.upgrade)
 
 
@@ -64,11 +69,14 @@ def downgrade(engine: sa.Engine, revision: str) -> None:
 def _migrate(engine: sa.Engine, revision: str, step: Callable[[Config, str], None]) -> None:
     config = Config()
     config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
-    with _writing(engine).begin() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
-        config.attributes["connection"] = connection
-        step(config, revision)
+    try:
+        with _writing(engine).begin() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
+            config.attributes["connection"] = connection
+            step(config, revision)
+    except DBAPIError as error:
+        raise script.translated(error) from error
 
 
 def _writing(engine: sa.Engine) -> sa.Engine:

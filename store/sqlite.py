@@ -7,6 +7,8 @@ three of them, CURRENT_TIMESTAMP none.
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
@@ -15,6 +17,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy import Connection, and_, case, event, func, literal, or_
 
+from celery_flows.store.backoff import full_jitter
 from celery_flows.store.changes import Change, Completion, Drive, End, Member, Park, Settle, StepWrite, Wake
 from celery_flows.store.models import OPEN, OPEN_STEP, Flow, FlowStatus, FlowStep, FlowStepStatus
 from celery_flows.store.tables import FLOW_COLUMNS, UtcDateTime, flow_dispatch, flow_events, flow_steps, flows
@@ -464,22 +467,47 @@ def engine_options() -> dict[str, Any]:
 
 def prepare(engine: sa.Engine) -> None:
     """Has every connection of this engine made from now on keep foreign keys, wait for the writer, and write ahead."""
-    event.listen(engine, "connect", _set_pragmas)
+    if not event.contains(engine, "connect", _set_pragmas):
+        event.listen(engine, "connect", _set_pragmas)
 
 
 def _set_pragmas(dbapi_connection: Any, _record: Any) -> None:
     cursor = dbapi_connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_TIMEOUT_MS}"):
+    for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
+    _write_ahead(cursor)
     cursor.close()
+
+
+def _write_ahead(cursor: Any) -> None:
+    # A new file is switched over by whoever comes first; others that try at that moment are told that it is locked,
+    # at once: SQLite does not wait out its busy timeout here.
+    for attempt in range(1, 51):
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if attempt == 50:
+                raise
+            time.sleep(full_jitter(attempt, first=0.005, cap=0.2))
+        else:
+            return
 
 
 def writing(engine: sa.Engine, *, single: bool) -> sa.Engine:
     """The engine to write through: its transactions begin as the only writer."""
-    immediate = engine.execution_options()
-    event.listen(immediate, "begin", lambda conn: conn.exec_driver_sql("BEGIN IMMEDIATE"))
-    return immediate
+    return _beginning(engine, "BEGIN IMMEDIATE")
 
 
 def reading(engine: sa.Engine) -> sa.Engine:
     return engine
+
+
+def snapshot(engine: sa.Engine) -> sa.Engine:
+    """The engine for several reads as of one moment."""
+    return _beginning(engine, "BEGIN DEFERRED")
+
+
+def _beginning(engine: sa.Engine, statement: str) -> sa.Engine:
+    begun = engine.execution_options()
+    event.listen(begun, "begin", lambda conn: conn.exec_driver_sql(statement))
+    return begun

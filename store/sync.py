@@ -44,6 +44,7 @@ class SqlFlowStore(FlowStore):
             sqlite.prepare(engine)
         self._engines = {
             Mode.READ: database.reading(engine),
+            Mode.SNAPSHOT: database.snapshot(engine),
             Mode.WRITE: database.writing(engine, single=False),
             Mode.SINGLE: database.writing(engine, single=True),
         }

@@ -99,32 +99,15 @@ def after_commit(transaction: Transaction, action: Callable[[], object]) -> None
     For a Session that is right after the commit. A bare Connection tells only that a commit is about to be made, so
     there the action waits until the connection begins anew or goes back to its pool.
     """
-    if isinstance(transaction, Session):
-        _after_session_commit(transaction, action)
-    else:
-        _Pending.of(transaction).actions.append(action)
-
-
-def _after_session_commit(session: Session, action: Callable[[], object]) -> None:
-    def ended(session: Session, transaction: Any) -> None:
-        if transaction.parent is not None:  # a savepoint
-            return
-        event.remove(session, "after_transaction_end", ended)
-        if committed:
-            action()
-
-    def note(session: Session) -> None:
-        if not session.in_nested_transaction():
-            committed.append(True)
-            event.remove(session, "after_commit", note)
-
-    committed: list[bool] = []
-    event.listen(session, "after_commit", note)
-    event.listen(session, "after_transaction_end", ended)
+    of = _Pending.of_session if isinstance(transaction, Session) else _Pending.of
+    of(transaction).actions.append(action)  # type: ignore[arg-type]
 
 
 class _Pending:
-    """What waits for the end of a connection's transaction; kept with the pooled connection."""
+    """What waits for the end of a transaction; kept with the pooled connection, or with the session.
+
+    The listeners stay: SQLAlchemy does not allow a listener to be removed while its event is told.
+    """
 
     _watched: WeakSet[Any] = WeakSet()
 
@@ -144,6 +127,15 @@ class _Pending:
         pending: _Pending = connection.info.setdefault("celery_flows", cls())
         return pending
 
+    @classmethod
+    def of_session(cls, session: Session) -> _Pending:
+        if "celery_flows" not in session.info:
+            session.info["celery_flows"] = cls()
+            event.listen(session, "after_commit", _session_commits)
+            event.listen(session, "after_transaction_end", _session_transaction_ends)
+        pending: _Pending = session.info["celery_flows"]
+        return pending
+
     def _commit(self) -> None:
         self.committed, self.actions = self.committed + self.actions, []
 
@@ -159,3 +151,14 @@ class _Pending:
 def _pending(info: Any, step: Callable[[_Pending], None]) -> None:
     if (pending := info.get("celery_flows")) is not None:
         step(pending)
+
+
+def _session_commits(session: Session) -> None:
+    if not session.in_nested_transaction():  # a savepoint is released
+        _pending(session.info, _Pending._commit)
+
+
+def _session_transaction_ends(session: Session, transaction: Any) -> None:
+    if transaction.parent is None:  # no savepoint; what is not committed by now was rolled back
+        _pending(session.info, _Pending._rollback)
+        _pending(session.info, _Pending._run)

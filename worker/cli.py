@@ -7,14 +7,18 @@ wrong (unknown flow definition, input that is no JSON or of the wrong type, a ba
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import wraps
 from typing import Any, TypeVar
 from uuid import UUID
 
 import click
+from alembic.util import CommandError
+from celery import Celery
 
-from celery_flows.store import FlowError, FlowStatus, InvalidData, schema
+from celery_flows.store import FlowError, FlowStatus, InvalidData, StoreError, audit, schema
 from celery_flows.store import operations as op
 from celery_flows.store.engines import make_engine
 from celery_flows.tasks import maintenance
@@ -33,7 +37,10 @@ class Refused(click.ClickException):
 
 @click.group(name="flow")
 def flow() -> None:
-    """Durable flows: start, watch and steer them."""
+    """Durable flows: start, watch and steer them.
+
+    They are those of the app that celery's own -A names: celery -A APP flow COMMAND.
+    """
 
 
 def _command(function: F) -> F:
@@ -42,14 +49,30 @@ def _command(function: F) -> F:
     @wraps(function)
     @click.pass_context
     def run(context: click.Context, *args: Any, **options: Any) -> Any:
+        app = context.obj.app
+        # What the app's modules do comes first, as in a worker: one of them may be where its Flows is made.
+        app.loader.import_default_modules()
         try:
-            return function(Flows.of(context.obj.app), *args, **options)
+            return function(Flows.of(app), *args, **options)
         except (InvalidData, UnknownFlow) as error:
-            raise Refused(str(error)) from error
+            raise Refused(f"{error}{_if_no_app_was_named(context)}") from error
+        except StoreError as error:
+            raise click.ClickException(f"{error}{_where(app)}") from error
         except FlowError as error:
             raise click.ClickException(str(error)) from error
 
     return run  # type: ignore[return-value]
+
+
+def _where(app: Celery) -> str:
+    """Which database that was, without its password."""
+    url = Flows.of(app).settings.store_url
+    return f" (the database is {output.masked(url)})" if url is not None else ""
+
+
+def _if_no_app_was_named(context: click.Context) -> str:
+    """Without -A, celery hands over an app of its own, in which nothing is registered or set."""
+    return "" if context.find_root().params.get("app") else "; no app was named: celery -A APP flow …"
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -90,11 +113,16 @@ def migrate(flows: Flows, revision: str, yes: bool) -> None:
     """Brings the database's schema up to date. Harmless to repeat, and to run from two places at once."""
     engine = make_engine(flows.settings.require_store_url())
     if revision == "base":
+        if not yes and not sys.stdin.isatty():
+            raise Refused("--to base deletes all flows and their history: say --yes, too")
         if not yes:
             click.confirm("This deletes all flows and their history. Go on?", abort=True)
         schema.downgrade(engine, revision)
     else:
-        schema.upgrade(engine, revision)
+        try:
+            schema.upgrade(engine, revision)
+        except CommandError as error:
+            raise Refused(f"--to: there is no schema version {revision!r}; the newest is {schema.head()}") from error
     click.echo(f"schema: {schema.at(engine) or 'no tables'}")
 
 
@@ -111,7 +139,6 @@ def start(
     flows: Flows, name: str, input: Any, key: str | None, owner: str, goal: str, wait: float | None, as_json: bool
 ) -> None:
     """Starts the flow NAME with INPUT (JSON), and prints its id."""
-    flows.app.loader.import_default_modules()
     flows.runtime.import_definitions()
     handle = flows.runtime.registry.require(name).start(input, key=key, owner=owner, goal=goal)
     if wait is None:
@@ -229,3 +256,34 @@ def sweep(flows: Flows, as_json: bool) -> None:
 def prune(flows: Flows, retain_days: int | None) -> None:
     """Deletes ended flows that are past their retention."""
     click.echo(f"{maintenance.prune(flows.runtime, retain_days)} flows pruned")
+
+
+@flow.command()
+@click.argument("flow_ids", type=FlowId(), nargs=-1)
+@click.option("--since", type=click.DateTime(), help="Only flows updated since then, in UTC.")
+@as_json
+@_command
+def verify(flows: Flows, flow_ids: tuple[UUID, ...], since: datetime | None, as_json: bool) -> None:
+    """Proves that histories are whole: folds each flow's events and compares with its rows.
+
+    Exit code 1 if anything is not as it must be.
+    """
+    moment = None if since is None else since.replace(tzinfo=UTC)
+    looked_at = 0
+
+    def progress(number: int) -> None:
+        nonlocal looked_at
+        looked_at = number
+
+    found = []
+    for finding in audit.verify(flows.store, list(flow_ids) or None, since=moment, progress=progress):
+        found.append(finding)
+        if not as_json:
+            click.echo(str(finding))
+    if as_json:
+        told = [{"flow_id": f.flow_id, "kind": f.kind, "about": f.about} for f in found]
+        output.show_json({"flows": looked_at, "findings": told})
+    else:
+        click.echo(f"{looked_at} flows, {len(found)} findings")
+    if found:
+        raise click.exceptions.Exit(1)

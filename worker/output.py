@@ -13,8 +13,10 @@ from uuid import UUID
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from celery_flows.store import Flow, FlowEvent, FlowStep
+from celery_flows.store.engines import parse_url
 
 
 def show_json(value: Any) -> None:
@@ -32,16 +34,32 @@ def _plain(value: Any) -> Any:
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table; in a pipe, a line a row, its cells parted by tabs, so that nothing is cut."""
-    texts = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    texts = [["" if cell is None else _printable(str(cell)) for cell in row] for row in rows]
     if not sys.stdout.isatty():
-        click.echo("\t".join(columns))
-        for row in texts:
+        if title:
+            click.echo(title)
+        for row in [columns, *texts]:
             click.echo("\t".join(row))
         return
-    table = Table(*columns, title=title or None, title_justify="left")
+    table = Table(title=title or None, title_justify="left")
+    for name in columns:
+        table.add_column(name, no_wrap=name in UNCUT, overflow="fold")
     for row in texts:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as Text: what somebody wrote into a flow is not markup
     Console().print(table)
+
+
+UNCUT = ("id", "at", "status")  # to be read and copied whole
+
+
+def _printable(text: str) -> str:
+    """One line that does nothing to a terminal, whatever somebody wrote into a flow."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def masked(url: str) -> str:
+    """A database's URL without password and options, which may be secret."""
+    return parse_url(url).set(query={}).render_as_string(hide_password=True)
 
 
 def flow_row(flow: Flow) -> list[object]:
@@ -75,7 +93,9 @@ def show_flow(flow: Flow, steps: Sequence[FlowStep], events: Sequence[FlowEvent]
         "error": flow.error_json and f"{flow.error_json['type']}: {flow.error_json['message']}",
     }
     show_table(str(flow.id), ("what", "is"), [(name, value) for name, value in facts.items() if value is not None])
+    click.echo()
     show_table("Steps", STEP_COLUMNS, [step_row(step) for step in steps])
+    click.echo()
     show_table("History", EVENT_COLUMNS, [event_row(event) for event in events])
 
 

@@ -5,31 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Barrier
 
 
 from celery_flows.store import AlreadyTerminal, Flow, FlowManager, FlowStatus, FlowStepStatus, SqlFlowStore
+from tests.support.crowd import at_once
 from tests.support.fold import assert_whole
 from tests.support.samples import NAMES
 
 CROWD = 100
-
-
-def at_once(calls: list[Callable[[], object]]) -> list[object]:
-    """What each call gave or raised; all are made at the same moment, each from a thread of its own."""
-    gate = Barrier(len(calls))
-
-    def run(call: Callable[[], object]) -> object:
-        gate.wait()
-        try:
-            return call()
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor(len(calls)) as threads:
-        return list(threads.map(run, calls))
 
 
 def test_a_crowd_of_writers_on_one_flow_all_succeed(store: SqlFlowStore) -> None:

@@ -162,6 +162,7 @@ def test_what_needs_no_worker_is_listed_not_published(driving: Driving, store: S
     driving.emit("topic", "1", None, event_id := new_id())
     driving.pass_time(60)
     assert driving.sweep() == []
-    unsettled = {kind: flow_id for _, kind, flow_id in store.run(dispatch.list_unsettled, 10)}
-    assert unsettled == {"drive": undriven.id, "look": None}
-    assert store.run(dispatch.list_unsettled, 1)[0][0] in {str(event_id), str(undriven.id)}
+    found = {(row.run_id, row.kind, row.flow_id) for row in store.run(dispatch.list_unsettled, 10)}
+    assert found == {(str(undriven.id), "drive", undriven.id), (str(event_id), "look", None)}
+    assert len(store.run(dispatch.list_unsettled, 1)) == 1
+    assert store.run(dispatch.list_unsettled, 10, driving.now() - DAY) == []
