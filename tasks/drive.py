@@ -107,11 +107,10 @@ class Driver:
         return self._due_again
 
     def _run(self, definition: FlowDefinition[Any, Any]) -> None:
-        if self._cancel_requested:
+        self._read_history()
+        if self._cancel_requested and not self._cleanup_is_out():
             self._drain()
-        if not self._claim.began:
-            steps = self.runtime.store.run(dispatch.read_history, self.flow.id)
-            self.history = {step.run_id: step for step in steps}
+            self._read_history()
         try:
             arguments = [definition.input.decode("input", self.flow.input_json)] if definition.takes_input else []
             value = definition.function(Run(self), *arguments)
@@ -122,6 +121,16 @@ class Driver:
             self._end_failed(error)
         else:
             self._end(lambda: ("finished", {"status": FlowStatus.FINISHED, "result_json": result}))
+
+    def _read_history(self) -> None:
+        if not self._claim.began:
+            steps = self.runtime.store.run(dispatch.read_history, self.flow.id)
+            self.history = {step.run_id: step for step in steps}
+
+    def _cleanup_is_out(self) -> bool:
+        """Whether members are out that clean up. Such are scheduled after draining only, so the others are closed."""
+        out = (step.args_json for step in self.history.values() if not step.status.is_terminal)
+        return any(isinstance(args, Mapping) and args.get("cleanup") for args in out)
 
     # ---- the end ----
 

@@ -29,8 +29,12 @@ def task_name(signature: Any) -> str:
     return check_name("step", signature.task)
 
 
-def member_of(app: Celery, run_id: str, position: int, signature: Signature[Any], limit: int) -> Member:
+def member_of(
+    app: Celery, run_id: str, position: int, signature: Signature[Any], limit: int, *, cleanup: bool = False
+) -> Member:
     """The rows of a Celery step: queue, priority and time limits are the signature's, else the task's, else routed.
+
+    A ``cleanup`` step says so, for it is run although its flow is cancelled.
 
     Raises:
         InvalidData: its arguments cannot be JSON, or it has an option that a step cannot keep.
@@ -50,11 +54,14 @@ def member_of(app: Celery, run_id: str, position: int, signature: Signature[Any]
     routed = app.amqp.router.route(dict(options), name, args, kwargs, task)
     limits = {limit_name: options[limit_name] for limit_name in LIMITS if options.get(limit_name) is not None}
     queue = routed.get("queue")
+    called: dict[str, Any] = {"args": list(args), "kwargs": kwargs}
+    if cleanup:
+        called["cleanup"] = True
     return Member(
         run_id=run_id,
         task=name,
         position=position,
-        args=encode_json(f"arguments of step {name}", {"args": list(args), "kwargs": kwargs}, limit=limit),
+        args=encode_json(f"arguments of step {name}", called, limit=limit),
         queue=getattr(queue, "name", queue),
         priority=options.get("priority"),
         options=limits or None,

@@ -35,7 +35,7 @@ class Codec:
             plain = self._adapter.dump_python(checked, mode="json", warnings="error")
         except ValidationError as error:
             raise self._refused(field, error) from None
-        except PydanticSerializationError:
+        except (PydanticSerializationError, UnicodeError):  # the latter for bytes that are no text
             raise InvalidData(field, "cannot be JSON") from None
         return encode_json(field, plain, limit=limit)
 
@@ -85,5 +85,9 @@ def read_back(text: str) -> Any:
 
 def describe(error: BaseException) -> dict[str, Any]:
     """What history keeps of an error: its type and message, cut to size and made storable."""
-    message = str(error).replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+    try:
+        text = str(error)
+    except Exception:  # an error that cannot be told must not keep a flow from failing
+        text = ""
+    message = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
     return {"type": type(error).__name__, "message": message[:MAX_MESSAGE_CHARS]}

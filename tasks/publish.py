@@ -99,8 +99,8 @@ def after_commit(transaction: Transaction, action: Callable[[], object]) -> None
     For a Session that is right after the commit. A bare Connection tells only that a commit is about to be made, so
     there the action waits until the connection begins anew or goes back to its pool.
     """
-    of = _Pending.of_session if isinstance(transaction, Session) else _Pending.of
-    of(transaction).actions.append(action)  # type: ignore[arg-type]
+    pending = _Pending.of_session(transaction) if isinstance(transaction, Session) else _Pending.of(transaction)
+    pending.actions.append(action)
 
 
 class _Pending:

@@ -97,8 +97,9 @@ class Run:
         missing = [(identity, signature) for identity, signature, step in steps if step is None]
         if missing:
             self._new_step()
+        limit, cleanup = self._driver.max_payload_bytes, self._cleaning
         members = [
-            member_of(self._driver.app, run_id, position, signature, self._driver.max_payload_bytes)
+            member_of(self._driver.app, run_id, position, signature, limit, cleanup=cleanup)
             for (run_id, position), signature in missing
         ]
         succeeded = sum(step is not None and step.status is FlowStepStatus.SUCCEEDED for _, _, step in steps)
@@ -152,15 +153,14 @@ class Run:
         if known is not None and known.status.is_terminal:
             self._outcome(known, None)
             return
-        if known is None:
-            self._new_step()
+        self._new_step()
         at = until() if known is None else datetime.fromisoformat(known.args_json["at"])
         self._driver.check_horizon(at)
         step = self._wait_step(run_id, "sleep", position, {"at": at.isoformat()}, known)
         if self._driver.now() >= at:
             self._driver.record(_closed(step, FlowStepStatus.SUCCEEDED), current_step="sleep")
         else:
-            self._driver.wait(TimerWait(at=at, run_id=run_id), step)
+            self._wait(lambda: self._driver.wait(TimerWait(at=at, run_id=run_id), step))
 
     def wait_for(self, topic: str, correlation_id: str, *, timeout: timedelta | None = None) -> Any:
         """Waits without a worker for an external event, and gives its payload. One that came before is taken at once;
@@ -175,16 +175,23 @@ class Run:
         name = f"wait_for {topic}"
         run_id, position = self._identify(name)
         known = self._driver.history.get(run_id)
-        if known is None:
-            self._new_step()
         if known is None or not known.status.is_terminal:
+            self._new_step()
             wait = self._external_wait(topic, correlation_id, timeout, run_id, known)
             args = wait.model_dump(mode="json", exclude={"kind", "run_id"})
             step = self._wait_step(run_id, name, position, args, known)
-            known = self._driver.wait_for_event(wait, step)
+            known = self._wait(lambda: self._driver.wait_for_event(wait, step))
         if known.status is FlowStepStatus.FAILED and (known.error_json or {}).get("type") == WAIT_TIMED_OUT:
             raise WaitTimedOut(topic, correlation_id)
         return self._outcome(known, None)
+
+    def _wait(self, wait: Callable[[], T]) -> T:
+        """Waits; a cancel that comes in the moment before tells the flow too, so what follows is cleanup."""
+        try:
+            return wait()
+        except FlowCancelled:
+            self._cleaning = True
+            raise
 
     def _external_wait(
         self, topic: str, correlation_id: str, timeout: timedelta | None, run_id: str, known: FlowStep | None
@@ -215,7 +222,7 @@ class Run:
         return run_id_of(self.flow_id, name, count), self._position
 
     def _new_step(self) -> None:
-        """Called before anything new happens: here a cancelled flow is told so, once."""
+        """Called before anything new happens, or a wait is taken up again: here a cancelled flow is told so, once."""
         if self._driver.must_stop(cleaning=self._cleaning):
             self._cleaning = True
             raise FlowCancelled(self.flow_id)

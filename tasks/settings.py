@@ -99,7 +99,7 @@ def load_settings(conf: Mapping[str, Any]) -> FlowSettings:
     Raises:
         InvalidData: naming the setting, the rule it broke, and where it can be set. Never repeats a value.
     """
-    given = {key.removeprefix("flow_"): conf[key] for key in list(conf) if key.startswith("flow_")}
+    given = {key.removeprefix("flow_"): conf[key] for key in _own_keys(conf)}
     for name in given:
         if name not in FlowSettings.model_fields:
             raise InvalidData(f"flow_{name}", f"is no setting{_meant(name, 'flow_', str.lower)}")
@@ -116,6 +116,14 @@ def load_settings(conf: Mapping[str, Any]) -> FlowSettings:
         raise InvalidData(
             f"flow_{name}", f"{first['msg']} (set as flow_{name} or in the environment as {ENV_PREFIX}{name.upper()})"
         ) from None
+
+
+def _own_keys(conf: Mapping[str, Any]) -> set[str]:
+    """Our keys of the configuration in their plain form; under a namespace Celery lists ``CELERY_FLOW_X``."""
+    keys = list(conf)  # has Celery read its configuration; before, it does not know its namespace
+    prefix = getattr(conf, "prefix", None) or ""
+    plain = (key.removeprefix(prefix).lower() if prefix and key.startswith(prefix) else key for key in keys)
+    return {key for key in plain if key.startswith("flow_")}
 
 
 def _meant(name: str, prefix: str, case: Any) -> str:

@@ -60,7 +60,7 @@ Outcome = Completion | Retry
 
 
 def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery: Delivery) -> Outcome:
-    if claim.cancel_requested:
+    if claim.cancel_requested and not claim.args.get("cleanup"):
         return Completion(claim.holder, claim.flow_id, FlowStepStatus.CANCELLED)
     try:
         value = _call(task, claim, delivery)

@@ -39,7 +39,10 @@ class Refused(click.ClickException):
 def flow() -> None:
     """Durable flows: start, watch and steer them.
 
-    They are those of the app that celery's own -A names: celery -A APP flow COMMAND.
+    They are those of the app that is named to celery itself:
+
+    \b
+    celery -A APP flow COMMAND
     """
 
 
@@ -159,7 +162,7 @@ def start(
 @click.option("--status", type=click.Choice([status.value for status in FlowStatus]), help="Only these.")
 @click.option("--owner", help="Only this owner's.")
 @click.option("--flow", "definition", help="Only flows of this name.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
 @click.option("--after", type=FlowId(), help="The last flow of the page before.")
 @as_json
 @_command

@@ -32,8 +32,17 @@ SHARED = ("FLOW_STORE_URL", "CELERY_BROKER_URL")  # what another terminal needs 
     help="Where the embedded database, the broker's files and the logs go.",
 )  # fmt: skip
 @click.option("-c", "--concurrency", type=click.IntRange(1, 64), default=2, show_default=True, help="Worker processes.")
-@click.option("--flower-port", type=click.IntRange(1, 65_535), default=5555, show_default=True)
-@click.option("-l", "--loglevel", default="info", show_default=True)
+@click.option(
+    "--flower-port",
+    type=click.IntRange(1, 65_535),
+    default=5555,
+    show_default=True,
+    help="Where Flower listens, on 127.0.0.1 only.",
+)
+@click.option(
+    "-l", "--loglevel", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True,
+    help="How much worker and beat write to their logs.",
+)  # fmt: skip
 def dev(app: str, directory: Path, concurrency: int, flower_port: int, loglevel: str) -> None:
     """Runs everything here: SQLite, a Redis of its own, worker, beat, and Flower if it is installed.
 
@@ -41,7 +50,7 @@ def dev(app: str, directory: Path, concurrency: int, flower_port: int, loglevel:
     Ctrl-C or SIGTERM, and takes all of it down; work in hand has some seconds to end, a second Ctrl-C gives it none.
     """
     try:
-        with _alone_in(directory), Processes(directory) as processes:
+        with _alone_in(directory) as lock, Processes(directory, shared_files=(lock,)) as processes:
             stopped = _stop_on_signals(processes)
             _start(processes, stopped, app, concurrency, flower_port, loglevel)
             _watch(processes, stopped)
@@ -50,8 +59,9 @@ def dev(app: str, directory: Path, concurrency: int, flower_port: int, loglevel:
 
 
 @contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Holds the folder: two runs would share its database, its socket and its logs. Ends with the process, however."""
+def _alone_in(directory: Path) -> Iterator[int]:
+    """Holds the folder: two runs would share its socket and its logs. Gives the lock, for the children to hold as well:
+    should this process be killed, a server that is still ending would take the next one's socket away."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "dev.lock").open("a+") as lock:
         try:
@@ -65,7 +75,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield
+        yield lock.fileno()
 
 
 def _stop_on_signals(processes: Processes) -> threading.Event:
@@ -125,6 +135,7 @@ def _is_listening(port: int) -> bool:
 def _show(processes: Processes, store_url: str, broker_url: str, flower_port: int | None) -> None:
     """Says where everything is, here and in a file for other terminals."""
     environment = processes.directory / "env"
+    environment.touch(mode=0o600)  # a URL may hold a password
     environment.write_text("".join(f"export {key}={shlex.quote(processes.environment[key])}\n" for key in SHARED))
     where: list[tuple[str, Any]] = [("database", output.masked(store_url)), ("broker", maybe_sanitize_url(broker_url))]
     where += [(name, processes.log_of(name)) for name in ("worker", "beat")]

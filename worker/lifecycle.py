@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from celery import Celery, bootsteps
+from celery import Celery, bootsteps, signals
 
 from celery_flows.store import FlowError
 from celery_flows.tasks.maintenance import sweep
@@ -48,12 +48,15 @@ class WorkerStep(bootsteps.StartStopStep):
 
         self._ticker = Ticker(tick, self.runtime.settings.sweep_seconds)
         self._ticker.start()
+        # Not in stop(), which comes before the pool's: that waits for what is running, and its leases must be kept.
+        signals.worker_shutdown.connect(self._end, sender=parent, weak=False)
 
-    def stop(self, parent: Any) -> None:
+    def terminate(self, parent: Any) -> None:
+        self._end()
+
+    def _end(self, **_: Any) -> None:
         if self._ticker is not None:
             self._ticker.stop()
-
-    terminate = stop
 
 
 def check_ready(runtime: Runtime) -> None:

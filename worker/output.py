@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.cells import cell_len, set_cell_size
 
 from celery_flows.store import Flow, FlowEvent, FlowStep
 from celery_flows.store.engines import parse_url
@@ -35,21 +33,21 @@ def _plain(value: Any) -> Any:
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table; in a pipe, a line a row, its cells parted by tabs, so that nothing is cut."""
     texts = [["" if cell is None else _printable(str(cell)) for cell in row] for row in rows]
-    if not sys.stdout.isatty():
-        if title:
-            click.echo(title)
-        for row in [columns, *texts]:
-            click.echo("\t".join(row))
-        return
-    table = Table(title=title or None, title_justify="left")
-    for name in columns:
-        table.add_column(name, no_wrap=name in UNCUT, overflow="fold")
-    for row in texts:
-        table.add_row(*map(Text, row))  # as Text: what somebody wrote into a flow is not markup
-    Console().print(table)
+    if sys.stdout.isatty():
+        head, *lines = _aligned([columns, *texts])
+        lines.insert(0, click.style(head, underline=True))
+        title = title and click.style(title, bold=True)
+    else:
+        lines = ["\t".join(row) for row in [columns, *texts]]
+    click.echo("\n".join([title, *lines] if title else lines))
 
 
-UNCUT = ("id", "at", "status")  # to be read and copied whole
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """No frame, nothing folded: on a narrow terminal a long row runs on, and what is copied from it is whole."""
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(set_cell_size(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def _printable(text: str) -> str:
@@ -90,13 +88,25 @@ def show_flow(flow: Flow, steps: Sequence[FlowStep], events: Sequence[FlowEvent]
         "waits for": flow.wait_json and describe_wait(flow.wait_json),
         "cancel requested": "yes" if flow.cancel_requested else None,
         "paused": moment(flow.paused_at),
+        "input": _shortened(flow.input_json),
+        "result": _shortened(flow.result_json),
         "error": flow.error_json and f"{flow.error_json['type']}: {flow.error_json['message']}",
     }
     show_table(str(flow.id), ("what", "is"), [(name, value) for name, value in facts.items() if value is not None])
     click.echo()
     show_table("Steps", STEP_COLUMNS, [step_row(step) for step in steps])
     click.echo()
-    show_table("History", EVENT_COLUMNS, [event_row(event) for event in events])
+    names = {step.run_id: step.task for step in steps}
+    show_table("History", EVENT_COLUMNS, [event_row(event, names) for event in events])
+
+
+def _shortened(value: Any) -> str | None:
+    """JSON of any size, in a line; all of it is in --json."""
+    text = None if value is None else json.dumps(value, ensure_ascii=False)
+    return text if text is None or len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
+SHOWN_CHARACTERS = 200
 
 
 STEP_COLUMNS = ("#", "step", "status", "attempt", "began", "took", "error")
@@ -109,9 +119,11 @@ def step_row(step: FlowStep) -> list[object]:
     return [step.position or None, step.task, step.status, step.attempt, moment(step.created_at), took, error]
 
 
-def event_row(event: FlowEvent) -> list[object]:
+def event_row(event: FlowEvent, step_names: Mapping[str, str]) -> list[object]:
     told = event.payload_json
-    about = told.get("step", {}).get("task") or told.get("set", {}).get("current_step") or told.get("run_id")
+    run_id = told.get("run_id")
+    step = told.get("step", {}).get("task") or step_names.get(str(run_id), run_id)
+    about = step or told.get("set", {}).get("current_step")
     return [moment(event.at), event.revision, event.kind, about]
 
 

@@ -30,11 +30,13 @@ def main() -> None:
 def demo(environment: str | None, report: Path, kill: bool) -> None:
     """Audits ENVIRONMENT (a virtual environment or a folder of packages; default: the one this runs in).
 
-    Starts two workers, and servers of its own unless FLOW_STORE_URL and CELERY_BROKER_URL are set.
+    Starts two workers, and servers of its own unless FLOW_STORE_URL and CELERY_BROKER_URL are set. Ends with 0 if the
+    flow finished, a worker was killed, and everything adds up.
     """
     try:
-        folder = packages_folder(environment)
-        sys.exit(run_demo(folder, report, kill))
+        if not report.parent.is_dir():
+            raise FileNotFoundError(f"{report.parent}, where the report should go, is no folder")
+        sys.exit(run_demo(packages_folder(environment), report, kill))
     except (FlowError, FileNotFoundError) as error:
         raise click.ClickException(str(error)) from error
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from celery_flows import Flows, Run
 from examples.verify_packages import audit
+from examples.verify_packages.audit import Report
 
 app = Celery("verify_packages")
 app.conf.update(task_default_queue="verify-packages", worker_prefetch_multiplier=1)
@@ -25,18 +26,6 @@ class Request(BaseModel):
     folder: str
 
 
-class Report(BaseModel):
-    """What the audit found."""
-
-    folder: str
-    distributions: int
-    files: int
-    bytes: int
-    altered: list[str]
-    missing: list[str]
-    unlisted: list[str]
-
-
 def list_distributions(folder: str) -> list[str]:
     """The names of what is installed there."""
     return sorted(audit.find_distributions(Path(folder)))
@@ -46,7 +35,7 @@ def list_distributions(folder: str) -> list[str]:
 def check_distribution(folder: str, name: str) -> audit.Checked:
     """Checks every file of one distribution against its RECORD."""
     note_effect(name)
-    return audit.check(Path(folder), audit.find_distributions(Path(folder))[name])
+    return audit.check(Path(folder), audit.find_distribution(Path(folder), name))
 
 
 def find_unlisted(folder: str) -> list[str]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import os
 import sysconfig
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import TypedDict
+
+from pydantic import BaseModel
 
 CHUNK_BYTES = 1024 * 1024
 
@@ -21,6 +24,18 @@ class Checked(TypedDict):
     bytes: int
     altered: list[str]
     missing: list[str]
+
+
+class Report(BaseModel):
+    """What came of all of them together."""
+
+    folder: str
+    distributions: int
+    files: int
+    bytes: int
+    altered: list[str]
+    missing: list[str]
+    unlisted: list[str]
 
 
 def packages_folder(environment: str | None) -> Path:
@@ -39,8 +54,26 @@ def packages_folder(environment: str | None) -> Path:
 
 def find_distributions(folder: Path) -> dict[str, Distribution]:
     """The distributions that are installed in this folder, with a RECORD, by name."""
-    found = distributions(path=[str(folder)])
-    return {distribution.name: distribution for distribution in found if distribution.read_text("RECORD")}
+    found: dict[str, Distribution] = {}
+    for distribution in filter(_is_whole, distributions(path=[str(folder)])):
+        found.setdefault(distribution.name, distribution)
+    return found
+
+
+def find_distribution(folder: Path, name: str) -> Distribution:
+    """One of them.
+
+    Raises:
+        LookupError: it has been uninstalled meanwhile.
+    """
+    found = filter(_is_whole, distributions(name=name, path=[str(folder)]))
+    for distribution in found:
+        return distribution
+    raise LookupError(f"{name} is no longer installed in {folder}")
+
+
+def _is_whole(distribution: Distribution) -> bool:
+    return bool(distribution.read_text("METADATA") and distribution.read_text("RECORD"))
 
 
 def check(folder: Path, distribution: Distribution) -> Checked:
@@ -77,8 +110,7 @@ def hash_of(file: Path, recorded: str) -> str:
 
 def unlisted(folder: Path) -> list[str]:
     """The files below the folder that no RECORD lists; compiled ones, which Python makes itself, left out."""
-    listed = {
-        (folder / path).resolve() for each in find_distributions(folder).values() for path, _, _ in read_record(each)
-    }
-    files = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc")
-    return sorted(str(file.relative_to(folder)) for file in files if file.resolve() not in listed)
+    records = [read_record(distribution) for distribution in find_distributions(folder).values()]
+    listed = {os.path.normpath(folder / path) for record in records for path, _, _ in record}
+    files = (str(file) for file in folder.rglob("*") if file.suffix != ".pyc" and file.is_file())
+    return sorted(os.path.relpath(file, folder) for file in files if os.path.normpath(file) not in listed)

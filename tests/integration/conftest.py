@@ -7,8 +7,8 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
-from celery_flows.store.engines import make_engine
 
+from celery_flows.store.engines import make_engine
 from tests.support.bench import Bench
 from tests.support.databases import Databases
 from tests.support.shells import wipe
@@ -29,7 +29,7 @@ def engine_database(
 
 @pytest.fixture
 def make_bench(engine_database: str) -> Iterator[MakeBench]:
-    """Opens benches over one empty database, as many as processes are needed. Every history must be whole afterwards."""
+    """Opens benches over one empty database, as many as it takes processes. Afterwards every history must be whole."""
     with ExitStack() as opened:
         engine = make_engine(engine_database)
         with engine.begin() as connection:

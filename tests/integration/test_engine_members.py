@@ -24,9 +24,9 @@ class Label(BaseModel):
 
 
 class Tasks(NamedTuple):
-    square: Any
-    boom: Any
-    label: Any
+    square: Task[Any, int]
+    boom: Task[Any, int]
+    label: Task[Any, Label]
 
 
 def add_tasks(bench: Bench) -> Tasks:
@@ -319,7 +319,8 @@ def test_queue_priority_and_limits_are_the_tasks_or_the_signatures(bench: Bench)
 
     @bench.flows.flow("routes")
     def routes(run: Run) -> list[int]:
-        return run.gather([routed.s(), routed.s().set(queue="small", priority=3, soft_time_limit=5)])
+        by_hand: Any = routed.s()
+        return run.gather([routed.s(), by_hand.set(queue="small", priority=3, soft_time_limit=5)])
 
     handle = routes.start()
     bench.drive(handle.id)

@@ -8,10 +8,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from celery_flows import FlowFailed, FlowStatus, InvalidData, Run, StepFailed
-from celery_flows.tasks.run import run_id_of
 from pydantic import BaseModel
 
+from celery_flows import FlowFailed, FlowStatus, InvalidData, Run, StepFailed
+from celery_flows.tasks.run import run_id_of
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
 
@@ -209,7 +209,7 @@ def test_stored_input_that_no_longer_fits_fails_the_flow(bench: Bench) -> None:
 
     bench.runtime.registry._definitions.clear()  # a new version of the code is deployed
     bench.flows.flow("old")(new)
-    with pytest.raises(FlowFailed, match="input.id: Field required"):
+    with pytest.raises(FlowFailed, match=r"input\.id: Field required"):
         bench.finish(handle)
 
 
@@ -275,6 +275,20 @@ def test_catching_even_base_exceptions_ends_nothing(bench: Bench) -> None:
     bench.work()
     assert handle.status() is FlowStatus.WAITING
     assert bench.finish(handle) == "slept"
+
+
+def test_an_error_that_cannot_be_told_still_fails_the_flow(bench: Bench) -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    @bench.flows.flow("mute")
+    def mute(run: Run) -> None:
+        raise Mute
+
+    with pytest.raises(FlowFailed) as failed:
+        bench.finish(mute.start())
+    assert failed.value.type == "Mute"
 
 
 def test_only_what_the_flow_does_moves_the_history(bench: Bench) -> None:

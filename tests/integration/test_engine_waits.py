@@ -13,11 +13,13 @@ from sqlalchemy.orm import Session
 from celery_flows import FlowStatus, InvalidData, Run, WaitTimedOut
 from celery_flows.store.tables import flow_dispatch, flow_inbox
 from celery_flows.tasks import drive as driving
+from celery_flows.tasks.emit import hand_over
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
 from tests.support.waiting import until
 
 SHORT = timedelta(milliseconds=30)
+NAP = timedelta(milliseconds=500)  # long enough to be asleep for, on a busy machine too
 
 
 def waiting_flow(bench: Bench, timeout: timedelta | None = None) -> Any:
@@ -81,11 +83,11 @@ def test_a_timer_is_kept_when_the_flow_is_called_before_its_time(bench: Bench) -
 def test_the_sweep_finds_a_timer_that_is_due(bench: Bench) -> None:
     @bench.flows.flow("naps")
     def naps(run: Run) -> str:
-        run.sleep(SHORT)
+        run.sleep(NAP)
         return "rested"
 
     handle = naps.start()
-    bench.work()
+    bench.drive(handle.id)
     bench.messages()
     until(lambda: bench.sweep().published, "the timer is found due")
     assert [message.id for message in bench.messages()] == [str(handle.id)]
@@ -156,7 +158,7 @@ def test_an_event_between_the_wait_and_its_look_is_found(bench: Bench, monkeypat
     """The emitter commits, looks and finds nobody waiting, all before the driver's own look."""
     flow = waiting_flow(bench)
     handle = flow.start("o-1")
-    looked = driving.hand_over
+    looked = hand_over
 
     def emit_first(*args: Any, **kwargs: Any) -> int:
         monkeypatch.setattr(driving, "hand_over", looked)
@@ -171,7 +173,7 @@ def test_an_event_between_the_wait_and_its_look_is_found(bench: Bench, monkeypat
 def test_an_event_between_look_and_park_calls_the_driver_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = waiting_flow(bench)
     handle = flow.start("o-1")
-    looked = driving.hand_over
+    looked = hand_over
 
     def emit_after(*args: Any, **kwargs: Any) -> int:
         monkeypatch.setattr(driving, "hand_over", looked)
@@ -260,9 +262,7 @@ def test_an_event_that_is_there_beats_the_timeout_at_the_last_look(
     assert bench.finish(handle) == "in time"
 
 
-def test_an_event_whose_emitter_died_is_handed_over_by_the_sweep(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_event_whose_emitter_died_is_handed_over_by_the_sweep(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = waiting_flow(bench)
     handle = flow.start("o-1")
     bench.work()
@@ -312,7 +312,13 @@ def test_an_event_in_a_transaction_that_rolls_back_never_was(bench: Bench, kind:
 
 
 def test_events_that_cannot_be_stored_are_refused_before_anything_is_written(bench: Bench) -> None:
-    for topic, correlation_id, payload in [("", "x", 1), ("t", "", 1), ("t", "x", {1}), ("t", "x", "\0"), ("t", "x", b"")]:
+    for topic, correlation_id, payload in [
+        ("", "x", 1),
+        ("t", "", 1),
+        ("t", "x", {1}),
+        ("t", "x", "\0"),
+        ("t", "x", b""),
+    ]:
         with pytest.raises(InvalidData):
             bench.flows.emit(topic, correlation_id, payload)
     assert bench.query(sa.select(flow_inbox)) == []
@@ -357,11 +363,11 @@ def test_a_timer_that_ended_during_a_pause_fires_when_it_is_over(bench: Bench) -
 
     @bench.flows.flow("naps")
     def naps(run: Run) -> str:
-        run.sleep(SHORT)
+        run.sleep(NAP)
         return "rested"
 
     handle = naps.start()
-    bench.work()
+    bench.drive(handle.id)
     bench.flows.manager.pause(handle.id)
     until(lambda: bench.sweep().published, "the timer is found due")
     bench.drive(handle.id)

@@ -13,13 +13,20 @@ from tests.support.driving import Driving
 from tests.support.shells import SHELLS, Shell
 
 
+@pytest.fixture
+def postgresql_url(databases: Databases) -> Iterator[str]:
+    """A migrated, empty PostgreSQL database; there are many tests here, so they use it in turn."""
+    with databases.used_before() as url:
+        yield url
+
+
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
 def shared_url(
     request: pytest.FixtureRequest, databases: Databases, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """A database of each kind that many tests use in turn."""
     path = tmp_path_factory.mktemp("shared") / "flows.sqlite"
-    made = databases.sqlite(path) if request.param == "sqlite" else databases.postgresql()
+    made = databases.sqlite(path) if request.param == "sqlite" else databases.used_before()
     with made as url:
         yield url
 

@@ -75,7 +75,7 @@ def test_the_same_run_id_in_two_flows_is_two_steps(shell: Shell) -> None:
 
 
 def test_an_observation_never_makes_a_flow(shell: Shell) -> None:
-    unknown = {"flow_id": uuid4(), "run_id": "r", "task": "charge"}
+    unknown: dict[str, Any] = {"flow_id": uuid4(), "run_id": "r", "task": "charge"}
     with pytest.raises(FlowNotFound):
         shell.manager.record_step_observation(**unknown, status=FlowStepStatus.RUNNING)
     assert shell.store.get(unknown["flow_id"]) is None
@@ -83,7 +83,7 @@ def test_an_observation_never_makes_a_flow(shell: Shell) -> None:
 
 def test_another_owners_flow_is_not_observed(shell: Shell) -> None:
     flow, seen = mirrored(shell)
-    gate = {"status": FlowStepStatus.RUNNING, "owner_session_key": "tenant:other"}
+    gate: dict[str, Any] = {"status": FlowStepStatus.RUNNING, "owner_session_key": "tenant:other"}
     with pytest.raises(FlowNotFound):
         shell.manager.record_step_observation(**seen, **gate)
     assert shell.manager.list_steps(flow.id) == []

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-
+from functools import partial
 
 from celery_flows.store import AlreadyTerminal, Flow, FlowManager, FlowStatus, FlowStepStatus, SqlFlowStore
 from tests.support.crowd import at_once
@@ -19,7 +19,7 @@ CROWD = 100
 def test_a_crowd_of_writers_on_one_flow_all_succeed(store: SqlFlowStore) -> None:
     manager = FlowManager(store)
     flow = manager.create_managed(**NAMES)
-    came = at_once([lambda n=n: manager.update_state(flow.id, {f"writer-{n}": n}) for n in range(CROWD)])
+    came = at_once([partial(manager.update_state, flow.id, {f"writer-{n}": n}) for n in range(CROWD)])
     assert [error for error in came if not isinstance(error, Flow)] == []
     stored = manager.get(flow.id)
     assert stored.revision == CROWD + 1
@@ -30,9 +30,7 @@ def test_a_crowd_of_writers_on_one_flow_all_succeed(store: SqlFlowStore) -> None
 def test_a_crowd_that_finishes_and_cancels_ends_the_flow_once(store: SqlFlowStore) -> None:
     manager = FlowManager(store)
     flow = manager.create_mirrored(**NAMES)
-    finish: Callable[[], object] = lambda: manager.finish(flow.id)  # noqa: E731 (two of a kind)
-    cancel: Callable[[], object] = lambda: manager.cancel(flow.id)  # noqa: E731
-    came = at_once([finish, cancel] * 15)
+    came = at_once([partial(manager.finish, flow.id), partial(manager.cancel, flow.id)] * 15)
     assert len([won for won in came if isinstance(won, Flow)]) == 1
     assert len([lost for lost in came if isinstance(lost, AlreadyTerminal)]) == 29
     kinds = [event.kind for event in assert_whole(store, flow.id)]
@@ -43,13 +41,9 @@ def test_a_crowd_that_finishes_and_cancels_ends_the_flow_once(store: SqlFlowStor
 def test_a_crowd_of_observations_of_one_run_makes_one_step(store: SqlFlowStore) -> None:
     manager = FlowManager(store)
     flow = manager.create_mirrored(**NAMES)
-    seen = [FlowStepStatus.RUNNING, FlowStepStatus.SUCCEEDED, FlowStepStatus.FAILED] * 10
-    came = at_once(
-        [
-            lambda status=status: manager.record_step_observation(flow_id=flow.id, run_id="r", task="t", status=status)
-            for status in seen
-        ]
-    )
+    seen = partial(manager.record_step_observation, flow_id=flow.id, run_id="r", task="t")
+    statuses = [FlowStepStatus.RUNNING, FlowStepStatus.SUCCEEDED, FlowStepStatus.FAILED] * 10
+    came = at_once([partial(seen, status=status) for status in statuses])
     assert [error for error in came if isinstance(error, Exception)] == []
     (step,) = manager.list_steps(flow.id)
     closing = [e for e in assert_whole(store, flow.id) if e.payload_json.get("step", {}).get("status") == step.status]
@@ -59,7 +53,7 @@ def test_a_crowd_of_observations_of_one_run_makes_one_step(store: SqlFlowStore) 
 
 def test_two_starts_with_one_key_make_one_flow(store: SqlFlowStore) -> None:
     manager = FlowManager(store)
-    came = at_once([lambda: manager.create_managed(**NAMES, idempotency_key="k")] * 20)
+    came = at_once([partial(manager.create_managed, **NAMES, idempotency_key="k")] * 20)
     (won,) = [flow for flow in came if isinstance(flow, Flow)]
     assert manager.list_by_owner(won.owner_session_key) == [won]
 

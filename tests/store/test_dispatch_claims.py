@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from celery_flows.store import FlowManager, FlowStatus, RevisionMismatch, SqlFlowStore, TimerWait, dispatch
-from celery_flows.store.changes import Holder, Park
+from celery_flows.store.changes import Change, Holder, Park
 from tests.support.driving import LEASE, Driving
 from tests.support.fold import assert_whole
 from tests.support.samples import DAY
@@ -161,9 +161,7 @@ def test_parking_within_a_transition_compares_the_wakes_too(driving: Driving) ->
     stored = FlowManager(driving.store).update_state(flow.id, {"n": 1})  # calls nobody
     assert driving.row(flow.id)["wakes"] == 0
     FlowManager(driving.store).request_cancel(flow.id)
-    driving.store.change(
-        dispatch.Change(flow.id, stored.revision + 1, "noted", {}, drive=Park(claim.holder, claim.wakes, None))
-    )
+    driving.store.change(Change(flow.id, stored.revision + 1, "noted", {}, drive=Park(claim.holder, claim.wakes, None)))
     assert seconds_until_due(driving, flow.id) <= 0
 
 

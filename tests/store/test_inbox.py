@@ -21,7 +21,7 @@ from celery_flows.store import (
 )
 from celery_flows.store.changes import Park, StepWrite
 from celery_flows.store.models import new_id
-from celery_flows.store.tables import flow_inbox
+from celery_flows.store.tables import flow_dispatch, flow_inbox
 from celery_flows.store.waits import event_key, wait_json
 from tests.support.driving import Driving
 from tests.support.fold import assert_whole
@@ -65,7 +65,7 @@ def test_an_event_that_comes_first_is_kept(store: SqlFlowStore, manager: FlowMan
     assert (resumed.status, resumed.wait_json) == (FlowStatus.RUNNING, None)
     assert resumed.state_json == {"resume_event": {"granted": True}}
     assert consumers(store) == [flow.id]
-    assert driving.rows(sa.text("kind = 'look'")) == []
+    assert driving.rows(flow_dispatch.c.kind == "look") == []
     event = assert_whole(store, flow.id)[-1]
     assert (event.kind, event.payload_json["topic"]) == ("resumed", "approval")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from celery_flows.store import Flow, FlowManager, FlowStepStatus, SqlFlowStore
+from celery_flows.store import DuplicateFlow, Flow, FlowStepStatus, RevisionMismatch, SqlFlowStore, transitions
 from celery_flows.store.engines import make_engine
 from tests.support.fold import assert_whole
 from tests.support.proxy import COMMIT, Proxy
@@ -43,22 +43,13 @@ Write = Callable[[Shell, Flow], Any]
 
 
 def observe(shell: Shell, flow: Flow) -> object:
-    seen = {"flow_id": flow.id, "run_id": "r", "task": "t"}
+    seen: dict[str, Any] = {"flow_id": flow.id, "run_id": "r", "task": "t"}
     return shell.manager.record_step_observation(**seen, status=FlowStepStatus.RUNNING)
 
 
 def locked(shell: Shell, flow: Flow) -> object:
-    """The last try of the manager: under the row's lock."""
-    type_of_manager = type(shell.manager)
-    if type_of_manager is FlowManager:
-        return FlowManager(shell.store, tries=1).update_state(flow.id, {"n": 1})
-    return shell.store.update_locked(flow.id, lambda read: _moved(read))
-
-
-def _moved(flow: Flow) -> Any:
-    from celery_flows.store.transitions import update_state
-
-    return update_state(flow, {"n": 1})
+    """What the manager's last try does: under the row's lock."""
+    return shell.store.update_locked(flow.id, lambda read: transitions.update_state(read, {"n": 1}))
 
 
 # What is written, the statement that commits it, and the kinds that the flow's history has besides.
@@ -120,8 +111,6 @@ def test_bare_inserts_and_updates_are_no_duplicates_of_themselves(
 
 def test_what_was_refused_stays_refused_when_the_reply_is_lost(far: Shell, proxy: Proxy, near: SqlFlowStore) -> None:
     """Somebody else's write must not be taken for one's own."""
-    from celery_flows.store import DuplicateFlow, RevisionMismatch
-
     flow = far.manager.create_managed(**NAMES, idempotency_key="k")
     moved = near.update_with_revision(flow)
     proxy.lose_reply("UPDATE flows")

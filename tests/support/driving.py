@@ -54,14 +54,14 @@ class Driving:
         """A gather: members scheduled, the drive row parked until the join is met. Gives the run ids."""
         group = claim.join_group + 1
         members = tuple(
-            Member(f"{claim.flow.id}/{group}/{n}", "charge", n, '{"args":[],"kwargs":{}}', "default", 5, {"time_limit": 9})
+            Member(
+                f"{claim.flow.id}/{group}/{n}", "charge", n, '{"args":[],"kwargs":{}}', "default", 5, {"time_limit": 9}
+            )
             for n in range(count)
         )
         join = Join(group, count if good is None else good, bad)
         drive = Park(claim.holder, claim.wakes, None, join)
-        self.write(
-            claim, "step_scheduled", {"current_step": "charge"}, members=members, first_pause=10.0, drive=drive
-        )
+        self.write(claim, "step_scheduled", {"current_step": "charge"}, members=members, first_pause=10.0, drive=drive)
         return [member.run_id for member in members]
 
     def gathering(self, count: int, *, good: int | None = None, bad: int = 0) -> tuple[Flow, list[str]]:

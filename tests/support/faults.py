@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 import sqlalchemy as sa
+
 from celery_flows.store import SqlFlowStore
 from celery_flows.store.script import Call, Pause
 

@@ -1,0 +1,206 @@
+"""One seed: chaos for a while, then quiet, then everything must have come to rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from celery_flows import FlowHandle
+from celery_flows.store import audit, dispatch
+from celery_flows.store.dispatch import Hint
+from celery_flows.store.tables import flow_dispatch
+from celery_flows.tasks import drive as drive_module
+from celery_flows.tasks import maintenance
+from celery_flows.tasks import steps as steps_module
+from celery_flows.tasks.drive import drive
+from celery_flows.tasks.steps import Delivery, run_step
+from tests.simulation.flows import flows, observer, store
+from tests.simulation.scenarios import SCENARIOS, Scenario
+from tests.simulation.world import START, Actor, Violation, World, clean, later
+
+MAX_MOVES, MAX_ROUNDS = 600, 80
+CRASHES, DROPS, DOUBLES, JUMPS = 2, 2, 2, 2
+
+
+class Run:
+    """One world under one scenario, by one seed."""
+
+    def __init__(self, seed: int, scenario: Scenario | None = None) -> None:
+        self.world = World(seed)
+        self.rng = self.world.rng
+        self.scenario = scenario or self.rng.choice(SCENARIOS)
+        self.left = {"crash": self.rng.randrange(CRASHES + 1), "drop": DROPS, "double": DOUBLES,
+                     "jump": self.rng.randrange(JUMPS + 1)}  # fmt: skip
+        self._workers = 0
+
+    def play(self) -> None:
+        """Plays the run.
+
+        Raises:
+            Violation: with the log of the run.
+        """
+        try:
+            with clean(store), own_clock():
+                observer.reset()
+                self.handles = self.scenario.begin(self.world)
+                self._chaos()
+                self._quiet()
+                self._check_end()
+        except AssertionError as error:
+            log = "\n".join(self.world.log)
+            raise Violation(f"{self.scenario.name}: {error}\n{log}") from error
+        finally:
+            for actor in self.world.actors:
+                if not actor.done:
+                    actor.crash()
+
+    # ---- the scheduler ----
+
+    def _chaos(self) -> None:
+        for _ in range(self.rng.randrange(20, MAX_MOVES)):
+            live = [actor for actor in self.world.actors if not actor.done]
+            if not live and not self.world.messages and self.rng.random() < 0.3:
+                return
+            self._move(live)
+
+    def _move(self, live: list[Actor]) -> None:
+        dice = self.rng.random()
+        if live and dice < 0.72:
+            self.rng.choice(live).go_on()
+        elif dice < 0.86:
+            self._deliver()
+        elif dice < 0.91:
+            self._spawn_sweep(live)
+        elif dice < 0.95:
+            self._pass(self.rng.choice((0.5, 2, 6)))
+        elif dice < 0.97 and self.left["jump"]:
+            self.left["jump"] -= 1
+            self._pass(31)
+        elif dice < 0.99 and self.left["crash"]:
+            self._crash(live)
+
+    def _deliver(self) -> None:
+        if not self.world.messages:
+            return
+        hint = self.rng.choice(self.world.messages)
+        if self.left["drop"] and self.rng.random() < 0.1:
+            self.left["drop"] -= 1
+            self.world.messages.remove(hint)
+            self.world.say(f"the broker loses {hint.kind}")
+            return
+        if self.left["double"] and self.rng.random() < 0.1:
+            self.left["double"] -= 1
+        else:
+            self.world.messages.remove(hint)
+        self._work(hint)
+
+    def _work(self, hint: Hint) -> None:
+        self._workers += 1
+        token = f"worker-{self._workers}"
+        if hint.kind == "drive":
+            self.world.spawn(token, lambda: drive(flows.runtime, UUID(hint.run_id), token), token=token)
+        else:
+            delivery = Delivery(token, "simulation", False)
+            self.world.spawn(token, lambda: run_step(flows.runtime, hint.run_id, delivery), token=token)
+
+    def _spawn_sweep(self, live: list[Actor]) -> None:
+        if sum(actor.name == "sweep" for actor in live) < 2:
+            self.world.spawn("sweep", lambda: maintenance.sweep(flows.runtime))
+
+    def _pass(self, seconds: float) -> None:
+        self.world.clock += later(seconds)
+        clock = self.world.clock.strftime("%Y-%m-%d %H:%M:%S.%f")
+        rows = observer.rows("SELECT count(*) FROM flow_dispatch WHERE worker IS NOT NULL AND due_at <= ?", clock)
+        self.world.expiries += rows[0][0]
+        self.world.say(f"{seconds} s pass")
+
+    def _crash(self, live: list[Actor]) -> None:
+        victims = [actor for actor in live if actor.killable]
+        if not victims:
+            return
+        self.left["crash"] -= 1
+        victim = self.rng.choice(victims)
+        self.world.crashes += 1
+        self.world.say(f"{victim.name} dies {victim.at}")
+        victim.crash()
+        if victim.token and self.rng.random() < 0.5:  # its parent notices, sooner or later
+            token = victim.token
+            self.world.spawn("parent", lambda: store.run(dispatch.release, [token]))
+
+    # ---- quiet ----
+
+    def _quiet(self) -> None:
+        """No more faults. Messages are delivered before time passes, or the worst flaws hide."""
+        self.world.say("quiet")
+        for number in range(MAX_ROUNDS):
+            self._run_all()
+            if self._at_rest():
+                return
+            if number % 10 == 9:
+                self.world.spawn("settle", lambda: self.scenario.settle(self.world, self.handles))
+            self.world.spawn("sweep", lambda: maintenance.sweep(flows.runtime))
+            self._run_all()
+            if not self.world.messages:
+                self._pass_to_next()
+        raise Violation("it does not come to rest: " + ", ".join(f"{handle.get().status}" for handle in self.handles))
+
+    def _run_all(self) -> None:
+        for _ in range(10_000):
+            live = [actor for actor in self.world.actors if not actor.done]
+            if live:
+                self.rng.choice(live).go_on()
+            elif self.world.messages:
+                self._work(self.world.messages.pop(self.rng.randrange(len(self.world.messages))))
+            else:
+                return
+        raise Violation("actors run for ever: " + ", ".join(f"{a.name} at {a.at}" for a in self.world.actors if not a.done))
+
+    def _at_rest(self) -> bool:
+        return all(handle.status().is_terminal for handle in self.handles) and not observer.dispatch()
+
+    def _pass_to_next(self) -> None:
+        with store.engine.connect() as connection:
+            due = connection.scalar(sa.select(sa.func.min(flow_dispatch.c.due_at)))
+        seconds = 1.0 if due is None else max(1.0, (due - self.world.clock).total_seconds())
+        self._pass(seconds)
+
+    # ---- the end ----
+
+    def _check_end(self) -> None:
+        torn = [str(finding) for finding in audit.verify(store)]
+        if torn:
+            raise Violation(f"(2) the events do not give the rows: {torn}")
+        for handle in self.handles:
+            self._check_handle(handle)
+        self.scenario.check(self.world, self.handles)
+
+    def _check_handle(self, handle: FlowHandle[Any]) -> None:
+        flow = handle.get()
+        if flow.status in self.scenario.ends:
+            return
+        reason = flow.state_json.get("failure", {}).get("reason")
+        given_up = reason in ("lost", "StepLost") or "StepLost" in str(flow.error_json)
+        if not (self.scenario.may_lose and given_up and self.world.crashes + self.world.expiries >= 4):
+            raise Violation(f"flow ended as {flow.status} ({reason}: {flow.error_json})")
+
+
+@contextmanager
+def own_clock() -> Iterator[None]:
+    """Workers' own clocks are the world's."""
+
+    def boottime() -> float:
+        return World.current.boottime()
+
+    kept = drive_module.boottime, steps_module.boottime
+    drive_module.boottime = steps_module.boottime = boottime
+    try:
+        yield
+    finally:
+        drive_module.boottime, steps_module.boottime = kept
+
+
+__all__ = ["START", "Run"]
