@@ -8,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from celery_flows.store import operations as op
@@ -87,13 +87,15 @@ class AsyncFlowStore:
         result: T = await self.attempt(Call(operation, args, kwargs))
         return result
 
-    async def attempt(self, call: Call, settled: Call | None = None, again: dict[str, Any] | None = None) -> Any:
+    async def attempt(
+        self, call: Call, settled: Call | None = None, again: dict[str, Any] | None = None, **how: Any
+    ) -> Any:
         """:func:`script.attempts`, played; within the caller's transaction a single try."""
         if self._connection is None:
-            return await self._play(script.attempts(call, settled, again))
+            return await self._play(script.attempts(call, settled, again, **how))
         try:
             return await self._connection.run_sync(call.operation, *call.args, **call.kwargs)
-        except DBAPIError as error:
+        except SQLAlchemyError as error:
             raise script.translated(error) from error
 
     async def _play(self, todo: Script[T]) -> T:
@@ -170,6 +172,8 @@ class AsyncFlowStore:
         self, flow: Flow, event_kind: str, event_payload: dict[str, Any]
     ) -> tuple[Flow, FlowEvent]:
         change = op.change_to(flow, event_kind, event_payload)
+        if event_kind == "waiting":
+            await self.run(op.check_waits_by_hand, flow)
         stored, event_id = await self.change(change)
         return stored, op.event_of(change, stored, event_id)
 
@@ -181,14 +185,14 @@ class AsyncFlowStore:
 
     # ---- beyond the contract ----
 
-    async def change(self, change: Change) -> tuple[Flow, int | None]:
+    async def change(self, change: Change, **how: Any) -> tuple[Flow, int | None]:
         """Writes one revision; a lost reply is looked into, never guessed at.
 
         Raises:
             FlowNotFound, RevisionMismatch: nothing was written.
         """
         stored: tuple[Flow, int | None] = await self.attempt(
-            Call(op.change_flow, (change,)), settled=Call(op.find_change, (change,))
+            Call(op.change_flow, (change,)), settled=Call(op.find_change, (change,)), **how
         )
         return stored
 

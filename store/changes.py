@@ -94,9 +94,11 @@ class Wake:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """A flow that no definition drives waits: the sweep looks at it at ``due_at``, at once if it is to be cancelled."""
+    """A flow that no definition drives waits: the sweep looks at it at ``due_at``; at once if it is to be cancelled, or
+    if it waits for an event, which may lie in the inbox already."""
 
     due_at: datetime | None
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,5 +196,5 @@ def follow_up(status: FlowStatus, wait: Mapping[str, Any] | None, kind: str) -> 
     if status in TERMINAL:
         return End()
     if status is FlowStatus.WAITING and kind not in CALL_THE_WAITING:
-        return Settle(waits.due_at(wait))
+        return Settle(waits.due_at(wait), at_once=waits.wait_key(wait) is not None)
     return None if kind in QUIET else Wake()

@@ -7,7 +7,7 @@ completes a step writes its event and its part of the join in one transaction, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -90,6 +90,7 @@ class Swept:
     fence: int
     crash_count: int
     publish_count: int
+    was_held: bool  # its lease was lost: to this sweep, or to one that died before it could go on
 
 
 # ---- claims and leases ----------------------------------------------------------------------------------------------
@@ -175,12 +176,17 @@ def renew(conn: Connection, workers: Sequence[str], lease_seconds: float) -> int
 
 @writes
 def release(conn: Connection, workers: Sequence[str]) -> int:
-    """Ends the leases of these tokens at once, their processes being dead: each counts as a crash, and is due now."""
-    return _update_of(conn, workers, worker=None, crash_count=_d.crash_count + 1, due_at=now(conn))
+    """Ends the leases of these tokens at once, their processes being dead: each counts as a crash, and is due now, to be
+    published or, after too many crashes, given up, as if a sweep had found it."""
+    return _update_of(conn, workers, worker=None, crash_count=_d.crash_count + 1, publish_count=1, due_at=now(conn))
 
 
 def _update_of(conn: Connection, workers: Sequence[str], **values: Any) -> int:
-    mine = sa.select(_d.run_id).where(_d.worker.in_(workers)).order_by(_d.run_id).with_for_update(skip_locked=True)
+    if not workers:  # or_() of nothing would let every row through
+        return 0
+    held = sa.or_(*(_d.worker.startswith(f"{worker}/", autoescape=True) for worker in workers))
+    mine = sa.select(_d.run_id).where(_d.worker.isnot(None), held).order_by(_d.run_id)
+    mine = mine.with_for_update(skip_locked=True)
     run_ids = conn.execute(mine).scalars().all()
     if not run_ids:
         return 0
@@ -213,6 +219,13 @@ def hand_back(conn: Connection, holder: Holder, delay_seconds: float = 0.0) -> b
     return conn.execute(given).rowcount > 0
 
 
+@writes_once
+def end_lease(conn: Connection, holder: Holder) -> bool:
+    """Ends a lease now, for the sweep to find and count as a crash: what was called ended its process, or tried to."""
+    ended = sa.update(flow_dispatch).where(_held(holder)).values(due_at=_in(conn, 0))
+    return conn.execute(ended).rowcount > 0
+
+
 def _in(conn: Connection, seconds: float) -> Any:
     """The database's clock plus ``seconds``: an expression where the database can, so that it stays one statement."""
     if conn.dialect.name == "postgresql":
@@ -242,14 +255,23 @@ def drain(conn: Connection, flow_id: UUID, holder: Holder) -> int:
         raise LeaseLost(holder.run_id)
     idle = sa.select(_d.run_id).where(_d.flow_id == flow_id, _d.kind == "step", _d.worker.is_(None))
     run_ids = conn.execute(idle.order_by(_d.run_id).with_for_update()).scalars().all()
-    if run_ids:
-        conn.execute(sa.delete(flow_dispatch).where(_d.run_id.in_(run_ids)))
-        _close_as_cancelled(conn, flow_id, run_ids)
+    for some in batched(run_ids, BOUND_AT_ONCE):
+        conn.execute(sa.delete(flow_dispatch).where(_d.run_id.in_(some)))
+    for some in batched(run_ids, BOUND_AT_ONCE):
+        _close_as_cancelled(conn, flow_id, some)
     counted = sa.update(flow_dispatch).where(_held(holder)).values(open_members=_d.open_members - len(run_ids))
     left: int | None = conn.execute(counted.returning(_d.open_members)).scalar()
     if left is None:
         raise LeaseLost(holder.run_id)
     return left
+
+
+BOUND_AT_ONCE = 1000  # parameters; PostgreSQL's protocol ends at 65,535, SQLite's default at 32,766
+
+
+def batched(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """The values in runs of at most ``size``."""
+    return (values[begin : begin + size] for begin in range(0, len(values), size))
 
 
 def _close_as_cancelled(conn: Connection, flow_id: UUID, run_ids: Sequence[str]) -> None:
@@ -330,6 +352,7 @@ def sweep_due(conn: Connection, limit: int, first_pause: float, max_pause: float
             row["fence"],
             row["crash_count"],
             row["publish_count"],
+            row["was_held"],
         )
         for row in dialect(conn).sweep(conn, limit, first_pause, max_pause)
     ]

@@ -18,6 +18,7 @@ from sqlalchemy import Connection
 
 from celery_flows.store import transitions
 from celery_flows.store.changes import Change, StepWrite, Wake, change_of, follow_up
+from celery_flows.store.errors import FlowNotFound
 from celery_flows.store.models import Flow, FlowStatus, FlowStepStatus
 from celery_flows.store.operations import change_flow, lock_flow, now, reads, writes
 from celery_flows.store.tables import FLOW_COLUMNS, flow_dispatch, flow_inbox, flow_steps, flows
@@ -50,6 +51,12 @@ def emit(
     look = {"run_id": str(event_id), "kind": "look", "due_at": at + timedelta(seconds=look_after_seconds)}
     conn.execute(sa.insert(flow_dispatch).values(look))
     return True
+
+
+@reads
+def is_stored(conn: Connection, event_id: UUID) -> bool | None:
+    """Whether :func:`emit` committed and only its reply was lost; None: it did not."""
+    return True if conn.scalar(sa.select(_i.position).where(_i.id == event_id)) is not None else None
 
 
 @writes
@@ -94,7 +101,7 @@ def resumption(conn: Connection, flow: Flow, told: dict[str, Any], payload: Any)
     patch = {"resume_event": payload} if run_id is None else None
     transition = transitions.resume(flow, patch)
     step = None if run_id is None else _closed_wait(conn, flow.id, run_id, payload)
-    return replace(change_of(flow, transition, step=step, drive=Wake()), payload=told)
+    return replace(change_of(flow, transition, step=step, drive=Wake(), forgive=True), payload=told)
 
 
 def _closed_wait(conn: Connection, flow_id: UUID, run_id: str, payload: Any) -> StepWrite | None:
@@ -153,6 +160,31 @@ def settle_wait(conn: Connection, flow_id: UUID, at: datetime | None = None) -> 
     change_flow(conn, change_of(flow, transitions.resume(flow, patch)))
     conn.execute(sa.delete(flow_dispatch).where(mine))
     return "resumed"
+
+
+@writes
+def resume_by_hand(conn: Connection, flow_id: UUID, payload: dict[str, Any] | None) -> Flow:
+    """Resumes a waiting flow in somebody's name: a driven flow's wait ends with ``payload``, into any other's state it
+    is merged.
+
+    Raises:
+        FlowNotFound, AlreadyTerminal, CancelPending, IllegalTransition, InvalidData: nothing was written.
+    """
+    encode_json("payload", payload)
+    flow = lock_flow(conn, flow_id)
+    if flow is None:
+        raise FlowNotFound(flow_id)
+    transition = transitions.resume(flow, payload)
+    driven = flow.wait_json is not None and "run_id" in flow.wait_json
+    change = resumption(conn, flow, {}, payload) if driven else change_of(flow, transition, drive=Wake())
+    return change_flow(conn, change)[0]
+
+
+@reads
+def awaited_key(conn: Connection, flow_id: UUID) -> str | None:
+    """The key of the event that a flow waits for, if it does."""
+    key: str | None = conn.scalar(sa.select(flows.c.wait_key).where(flows.c.id == flow_id))
+    return key
 
 
 @writes

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from celery_flows.store.clock import as_utc
 from celery_flows.store.errors import InvalidData
 from celery_flows.store.validation import check_name, check_text, encode_json
+from celery_flows.store.waits import parse_wait
 
 
 def new_id() -> UUID:
@@ -131,10 +132,17 @@ class Flow(Record):
     def _text(cls, value: str, info: Any) -> str:
         return check_text(info.field_name, value)
 
-    @field_validator("state_json", "wait_json", "error_json", "input_json", "result_json")
+    @field_validator("state_json", "error_json", "input_json", "result_json")
     @classmethod
     def _json(cls, value: Any, info: Any) -> Any:
         encode_json(info.field_name, value)
+        return value
+
+    @field_validator("wait_json")
+    @classmethod
+    def _wait(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            parse_wait(value)
         return value
 
     @field_validator("created_at", "updated_at", "deadline_at", "paused_at", "finished_at")

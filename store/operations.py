@@ -19,18 +19,28 @@ from sqlalchemy.exc import IntegrityError
 from celery_flows.store import postgresql, sqlite
 from celery_flows.store.changes import Change, Drive, change_of, follow_up
 from celery_flows.store.errors import (
+    AlreadyTerminal,
     DuplicateFlow,
     DuplicateStep,
     FlowNotFound,
+    IllegalTransition,
     InvalidData,
     RevisionMismatch,
     StepNotFound,
 )
 from celery_flows.store.models import TERMINAL, Flow, FlowEvent, FlowStatus, FlowStep, FlowStepStatus, new_id
-from celery_flows.store.tables import EVENT_COLUMNS, FLOW_COLUMNS, UtcDateTime, flow_events, flow_steps, flows
+from celery_flows.store.tables import (
+    EVENT_COLUMNS,
+    FLOW_COLUMNS,
+    UtcDateTime,
+    flow_dispatch,
+    flow_events,
+    flow_steps,
+    flows,
+)
 from celery_flows.store.transitions import Transition, jsonable
 from celery_flows.store.validation import check_name, encode_json
-from celery_flows.store.waits import wait_key
+from celery_flows.store.waits import due_at, wait_key
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -76,6 +86,10 @@ def insert_flow(conn: Connection, flow: Flow) -> None:
             conn.execute(sa.insert(flows).values(values))
     except IntegrityError:
         raise DuplicateFlow(flow.id) from None
+    if flow.status is FlowStatus.WAITING:
+        due = now(conn) if wait_key(flow.wait_json) is not None else due_at(flow.wait_json)
+        row = {"run_id": str(flow.id), "flow_id": flow.id, "kind": "drive", "due_at": due}
+        conn.execute(sa.insert(flow_dispatch).values(row))
 
 
 @reads
@@ -262,6 +276,18 @@ def event_of(change: Change, stored: Flow, event_id: int | None) -> FlowEvent:
     )
 
 
+@reads
+def check_waits_by_hand(conn: Connection, flow: Flow) -> None:
+    """Says nothing if the flow may be made to wait by hand.
+
+    Raises:
+        IllegalTransition: a definition drives it; its function says when it waits.
+    """
+    driven = sa.select(flow_dispatch.c.task).where(flow_dispatch.c.run_id == str(flow.id))
+    if conn.scalar(driven) is not None:
+        raise IllegalTransition(flow.id, flow.status, FlowStatus.WAITING, ": its flow function says when it waits")
+
+
 @writes
 def update_locked(
     conn: Connection, flow_id: UUID, decide: Callable[[Flow], Transition | None], write_id: UUID | None = None
@@ -278,6 +304,8 @@ def update_locked(
     if transition is None:
         return flow
     after = transition.applied_to(flow)
+    if transition.kind == "waiting":
+        check_waits_by_hand(conn, flow)
     drive = follow_up(after.status, after.wait_json, transition.kind)
     return change_flow(conn, change_of(flow, transition, drive=drive, write_id=write_id or new_id()))[0]
 
@@ -395,15 +423,22 @@ def observe_step(conn: Connection, step: FlowStep, write_id: UUID | None = None)
     """Upserts by (flow_id, run_id), with its event. A closed step stays as it is; a missing session key keeps the old.
 
     Raises:
-        FlowNotFound: nothing was written.
+        FlowNotFound: no such flow.
+        AlreadyTerminal: the flow has ended, so no step of it can be open.
+        InvalidData: the step is one that a worker runs; only it may say what came of it.
     """
+    if conn.scalar(sa.select(flow_dispatch.c.kind).where(flow_dispatch.c.run_id == step.run_id)) is not None:
+        raise InvalidData("run_id", "belongs to a step that workers run; it cannot be observed by hand")
     row = dialect(conn).observe(conn, step, write_id)
     if row is not None:
         return FlowStep.of_row(row)
     known = find_step_by_run_id(conn, step.flow_id, step.run_id)
-    if known is None:
+    if known is not None:
+        return known
+    status = conn.scalar(sa.select(flows.c.status).where(flows.c.id == step.flow_id))
+    if status is None:
         raise FlowNotFound(step.flow_id)
-    return known
+    raise AlreadyTerminal(step.flow_id, status, f"observed with step {step.run_id} {step.status}")
 
 
 @reads

@@ -154,7 +154,7 @@ def _members_sql(count: int) -> list[str]:
 def _drive_sql(drive: type[Any], forgive: bool, joins: bool) -> list[str]:
     if drive is Wake:
         return [
-            f"""w AS (UPDATE flow_dispatch d SET wakes = d.wakes + 1,
+            f"""w AS (UPDATE flow_dispatch d SET wakes = d.wakes + 1, {"crash_count = 0," if forgive else ""}
                   due_at = CASE WHEN d.worker IS NULL THEN {NOW} ELSE d.due_at END
                 FROM u WHERE d.run_id = CAST(u.id AS text))"""
         ]
@@ -162,7 +162,8 @@ def _drive_sql(drive: type[Any], forgive: bool, joins: bool) -> list[str]:
         return [
             f"""w AS (INSERT INTO flow_dispatch (run_id, flow_id, kind, due_at)
                 SELECT CAST(u.id AS text), u.id, 'drive',
-                  CASE WHEN u.cancel_requested THEN {NOW} ELSE {param("due_at", "timestamptz")} END FROM u
+                  CASE WHEN u.cancel_requested OR CAST(:at_once AS boolean) THEN {NOW}
+                    ELSE {param("due_at", "timestamptz")} END FROM u
                 ON CONFLICT (run_id) DO UPDATE SET due_at = excluded.due_at WHERE flow_dispatch.task IS NULL)"""
         ]
     if drive is Park:
@@ -215,7 +216,7 @@ def _change_parameters(what: Change, columns: Mapping[str, Any]) -> dict[str, An
     if what.members:
         values |= _member_parameters(what)
     if isinstance(what.drive, Settle):
-        values["due_at"] = what.drive.due_at
+        values |= {"due_at": what.drive.due_at, "at_once": what.drive.at_once}
     if isinstance(what.drive, Park):
         values |= {"wakes": what.drive.wakes, "due_at": what.drive.due_at, "fence": what.drive.holder.fence}
         if (join := what.drive.join) is not None:
@@ -336,11 +337,12 @@ _COMPLETE = sa.text(
           RETURNING flow_id, run_id, join_group),
         s AS (UPDATE flow_steps t SET status = :status, result_json = CAST(:result AS jsonb),
             error_json = CAST(:error AS jsonb), updated_at = {NOW}
-          FROM r WHERE t.flow_id = r.flow_id AND t.run_id = r.run_id RETURNING r.flow_id, r.run_id, r.join_group),
+          FROM r WHERE t.flow_id = r.flow_id AND t.run_id = r.run_id AND t.status IN ('pending', 'running')
+          RETURNING r.flow_id),
         e AS (INSERT INTO flow_events (flow_id, kind, payload_json, at, write_id)
           SELECT s.flow_id, :kind, CAST(:told AS jsonb), {NOW}, :write_id FROM s RETURNING flow_id),
-        x AS (SELECT s.flow_id, s.join_group AS grp, 1 AS n, CAST(:good AS integer) AS ok
-          FROM s, (SELECT count(*) AS c FROM e) written WHERE written.c > 0),
+        x AS (SELECT r.flow_id, r.join_group AS grp, 1 AS n, CAST(:good AS integer) AS ok
+          FROM r, (SELECT count(*) AS c FROM e) written WHERE written.c >= 0),
         w AS (UPDATE flow_dispatch d SET open_members = d.open_members - x.n,
             join_good = d.join_good - CASE WHEN d.join_group = x.grp THEN x.ok ELSE 0 END,
             join_bad = d.join_bad - CASE WHEN d.join_group = x.grp THEN x.n - x.ok ELSE 0 END,
@@ -367,8 +369,8 @@ def complete(conn: Connection, what: Completion) -> Row | None:
 # ---- sweep ----------------------------------------------------------------------------------------------------------
 
 _SWEEP = sa.text(
-    f"""WITH c AS (SELECT run_id FROM flow_dispatch
-          WHERE due_at <= {NOW} AND kind IN ('drive', 'step') AND task IS NOT NULL
+    f"""WITH c AS (SELECT run_id, worker IS NOT NULL OR publish_count > 0 AND crash_count > 0 AS was_held
+          FROM flow_dispatch WHERE due_at <= {NOW} AND kind IN ('drive', 'step') AND task IS NOT NULL
           ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED)
         UPDATE flow_dispatch d SET worker = NULL, publish_count = d.publish_count + 1,
           crash_count = d.crash_count + CASE WHEN d.worker IS NULL THEN 0 ELSE 1 END,
@@ -376,7 +378,7 @@ _SWEEP = sa.text(
             CAST(:first AS double precision) * (1 << least(d.publish_count, 20)), CAST(:cap AS double precision)))
         FROM c WHERE d.run_id = c.run_id
         RETURNING d.run_id, d.flow_id, d.kind, d.task, d.queue, d.priority, d.options, d.fence, d.crash_count,
-          d.publish_count"""
+          d.publish_count, c.was_held"""
 )
 
 
@@ -391,6 +393,7 @@ _OBSERVE = sa.text(
             error_json, position, attempt, created_at, updated_at)
           SELECT :id, f.id, :runtime, :child_session_key, :run_id, :task, :status, CAST(:result_json AS jsonb),
             CAST(:error_json AS jsonb), 0, 1, {NOW}, {NOW} FROM flows f WHERE f.id = :flow_id
+            AND (f.finished_at IS NULL OR :status NOT IN ('pending', 'running'))
           ON CONFLICT (flow_id, run_id) DO UPDATE SET status = excluded.status,
             child_session_key = coalesce(excluded.child_session_key, flow_steps.child_session_key),
             result_json = coalesce(excluded.result_json, flow_steps.result_json),

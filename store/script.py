@@ -10,10 +10,10 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
 
 from celery_flows.store.backoff import full_jitter
-from celery_flows.store.errors import StoreError
+from celery_flows.store.errors import FlowError, StoreError
 
 T = TypeVar("T")
 
@@ -37,56 +37,94 @@ class Pause:
 Script = Generator[Call | Pause, Any, T]
 
 TRIES = 8
-RECONNECTS = 3
+PATIENCE_SECONDS = 1.5  # of pauses between tries to reach the database again
+LOCK_NOT_AVAILABLE = "55P03"
+CONFLICTS = frozenset({"40P01", "40001", LOCK_NOT_AVAILABLE})
 
 
-def attempts(call: Call, settled: Call | None = None, again: dict[str, Any] | None = None) -> Script[Any]:
-    """Runs ``call``; deadlocks, serialization failures and a busy database are tried again from the start.
+def attempts(
+    call: Call,
+    settled: Call | None = None,
+    again: dict[str, Any] | None = None,
+    *,
+    patience: float = PATIENCE_SECONDS,
+    waits_for_locks: bool = True,
+) -> Script[Any]:
+    """Runs ``call``; deadlocks, serialization failures, held locks and a busy database are tried again from the start.
 
-    When the connection broke, nobody knows whether the commit came through. ``settled`` looks for what it wrote: an
-    answer is the answer; None means nothing was written, so it is tried again, with ``again`` as further keywords.
+    When the connection broke, nobody knows whether the commit came through, or will: the statement may still run.
+    ``settled`` looks for what it wrote: an answer is the answer; None means nothing is written yet, so it is tried
+    again, with ``again`` as further keywords, and what that comes to is held against ``settled`` once more.
+
+    Args:
+        patience: seconds of pauses in which an unreachable database is tried again.
+        waits_for_locks: whether a lock that somebody holds for long is worth further tries.
 
     Raises:
         StoreError: the database refused or cannot be reached; the driver's error is the cause.
     """
-    conflicts = reconnects = 0
+    conflicts, waited, in_doubt = 0, 0.0, False
     while True:
         try:
-            return (yield call)
-        except DBAPIError as error:
-            if is_conflict(error) and conflicts < TRIES:
+            answer = yield call
+        except SQLAlchemyError as error:
+            if in_doubt and settled is not None and isinstance(error, IntegrityError):
+                found = yield from attempts(settled)
+                if found is not None:
+                    return found
+            if is_conflict(error, waits_for_locks) and conflicts < TRIES:
                 conflicts += 1
                 pause = full_jitter(conflicts, first=0.01, cap=0.5)
-            elif is_lost(error) and reconnects < RECONNECTS:
-                reconnects += 1
-                pause = full_jitter(reconnects, first=0.05, cap=1.0)
+            elif is_lost(error) and waited < patience:
+                pause = max(0.02, full_jitter(1 + int(waited), first=0.3, cap=1.0))
+                waited += pause
+                in_doubt = True
             else:
                 raise translated(error) from error
-            lost = is_lost(error)
+        except FlowError:
+            found = (yield from attempts(settled)) if in_doubt and settled is not None else None
+            if found is None:
+                raise
+            return found
+        else:
+            if answer is None and in_doubt and settled is not None:
+                answer = yield from attempts(settled)
+            return answer
         yield Pause(pause)
-        if lost and settled is not None:
+        if in_doubt and settled is not None:
             found = yield from attempts(settled)
             if found is not None:
                 return found
-        if lost and again:
+        if in_doubt and again:
             call = Call(call.operation, call.args, {**call.kwargs, **again})
 
 
-def is_conflict(error: DBAPIError) -> bool:
+def is_conflict(error: SQLAlchemyError, waits_for_locks: bool = True) -> bool:
     """Whether the database ended the transaction in somebody else's favour: run it again from the start."""
+    if not isinstance(error, DBAPIError):
+        return False
     state = getattr(error.orig, "sqlstate", None)
-    return state in ("40P01", "40001") or "database is locked" in str(error.orig)
+    if state == LOCK_NOT_AVAILABLE and not waits_for_locks:
+        return False
+    return state in CONFLICTS or "database is locked" in str(error.orig)
 
 
-def is_lost(error: DBAPIError) -> bool:
-    """Whether the connection broke, so that a commit may or may not have come through."""
-    state = getattr(error.orig, "sqlstate", None) or ""
-    broke = error.connection_invalidated or (isinstance(error, OperationalError) and state[:2] in ("08", "57"))
-    return broke and state != "57014"  # 57014: a statement that took too long was cancelled; the connection lives
+def is_lost(error: SQLAlchemyError) -> bool:
+    """Whether the connection broke or could not be made, so that a commit may or may not have come through."""
+    if not isinstance(error, DBAPIError):
+        return False
+    state = getattr(error.orig, "sqlstate", None)
+    # 57P0x: the server ends connections or is starting up; 08: connection exceptions; none: there was no connection.
+    # Not 57014: a statement that took too long was cancelled, and the connection lives.
+    broke = state is None or state[:2] == "08" or state.startswith("57P")
+    postgresql = hasattr(error.orig, "sqlstate")
+    return error.connection_invalidated or (isinstance(error, OperationalError) and postgresql and broke)
 
 
-def translated(error: DBAPIError) -> StoreError:
-    """The one place where drivers' errors become ours. Parameters stay out of the text: they may be secret."""
+def translated(error: SQLAlchemyError) -> StoreError:
+    """The one place where drivers' errors become ours. Parameters stay out of all texts: they may be secret."""
+    if isinstance(error, DBAPIError):
+        error.hide_parameters = True  # the cause is printed with every traceback
     if isinstance(error, IntegrityError):
         return StoreError(f"the database refused a row: {first_line(error)}")
     if is_lost(error) or isinstance(error, OperationalError):
@@ -94,10 +132,13 @@ def translated(error: DBAPIError) -> StoreError:
             f"the database could not be reached or was interrupted ({first_line(error)}): "
             "check flow_store_url (FLOW_STORE_URL), and that the server is up"
         )
+    if not isinstance(error, DBAPIError):
+        return StoreError(f"the database cannot be used: {first_line(error)}")
     return StoreError(f"the database refused a statement: {first_line(error)}")
 
 
-def first_line(error: DBAPIError) -> str:
+def first_line(error: SQLAlchemyError) -> str:
     """What the driver said, without statement, parameters and details."""
-    lines = str(error.orig).strip().splitlines()
-    return lines[0] if lines else type(error.orig).__name__
+    said = error.orig if isinstance(error, DBAPIError) else error
+    lines = str(said).strip().splitlines()
+    return lines[0] if lines else type(said).__name__

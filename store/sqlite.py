@@ -145,9 +145,12 @@ def _settle_drive_row(conn: Connection, what: Change, at: datetime, cancels: boo
     mine = _d.run_id == str(what.flow_id)
     match what.drive:
         case Wake():
-            conn.execute(sa.update(flow_dispatch).where(mine).values(wakes=_d.wakes + 1, due_at=_due_if_free(at)))
-        case Settle(due_at):
-            due_at = at if cancels else due_at  # whatever else is written, the sweep must see the cancel
+            forgiven = {"crash_count": 0} if what.forgive else {}
+            woken = {"wakes": _d.wakes + 1, "due_at": _due_if_free(at), **forgiven}
+            conn.execute(sa.update(flow_dispatch).where(mine).values(woken))
+        case Settle(due_at, at_once):
+            # Whatever else is written, the sweep must see the cancel.
+            due_at = at if at_once or cancels else due_at
             undriven = sa.update(flow_dispatch).where(mine, _d.task.is_(None)).values(due_at=due_at)
             there = conn.scalar(sa.select(func.count()).select_from(flow_dispatch).where(mine))
             if there:
@@ -359,12 +362,13 @@ def complete(conn: Connection, what: Completion) -> Row | None:
     )
     if row is None:
         return None
-    conn.execute(
+    closed = conn.execute(
         sa.update(flow_steps)
-        .where(_s.flow_id == row["flow_id"], _s.run_id == holder.run_id)
+        .where(_s.flow_id == row["flow_id"], _s.run_id == holder.run_id, _s.status.in_(_OPEN_STEPS))
         .values(status=what.status.value, result_json=_text(what.result), error_json=what.error, updated_at=at)
     )
-    _append(conn, row["flow_id"], what.kind, what.told(), at, write_id=what.write_id)
+    if closed.rowcount:
+        _append(conn, row["flow_id"], what.kind, what.told(), at, write_id=what.write_id)
     own = _d.join_group == row["join_group"]
     bad = 1 - what.good
     met = or_(_d.open_members <= 1, and_(own, or_(_d.join_good <= what.good, _d.join_bad < bad)))
@@ -412,10 +416,18 @@ def _swept(conn: Connection, row: Row, at: datetime, first: float, cap: float) -
         "due_at": at + timedelta(seconds=pause),
     }
     conn.execute(sa.update(flow_dispatch).where(_d.run_id == row["run_id"]).values(values))
-    return {**row, **values}
+    was_held = row["worker"] is not None or (row["publish_count"] > 0 and row["crash_count"] > 0)
+    return {**row, **values, "was_held": was_held}
 
 
 # ---- observations ---------------------------------------------------------------------------------------------------
+
+
+def _may_observe(conn: Connection, step: FlowStep) -> bool:
+    there = sa.select(func.count()).select_from(flows).where(flows.c.id == step.flow_id)
+    if not step.status.is_terminal:
+        there = there.where(flows.c.finished_at.is_(None))
+    return bool(conn.scalar(there))
 
 
 def observe(conn: Connection, step: FlowStep, write_id: UUID | None) -> Row | None:
@@ -431,7 +443,7 @@ def observe(conn: Connection, step: FlowStep, write_id: UUID | None) -> Row | No
             for name in ("child_session_key", "result_json", "error_json")
         }
         write: Any = sa.update(flow_steps).where(mine).values(status=step.status, updated_at=at, **kept)
-    elif conn.scalar(sa.select(func.count()).select_from(flows).where(flows.c.id == step.flow_id)):
+    elif _may_observe(conn, step):
         values = {**dict(step), "position": 0, "attempt": 1, "created_at": at, "updated_at": at}
         write = sa.insert(flow_steps).values(values)
     else:

@@ -8,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from celery_flows.store import operations as op
@@ -81,13 +81,13 @@ class SqlFlowStore(FlowStore):
         result: T = self.attempt(Call(operation, args, kwargs))
         return result
 
-    def attempt(self, call: Call, settled: Call | None = None, again: dict[str, Any] | None = None) -> Any:
+    def attempt(self, call: Call, settled: Call | None = None, again: dict[str, Any] | None = None, **how: Any) -> Any:
         """:func:`script.attempts`, played; within the caller's transaction a single try."""
         if self._connection is None:
-            return self._play(script.attempts(call, settled, again))
+            return self._play(script.attempts(call, settled, again, **how))
         try:
             return call.operation(self._connection, *call.args, **call.kwargs)
-        except DBAPIError as error:
+        except SQLAlchemyError as error:
             raise script.translated(error) from error
 
     def _play(self, todo: Script[T]) -> T:
@@ -154,6 +154,8 @@ class SqlFlowStore(FlowStore):
 
     def update_and_append(self, flow: Flow, event_kind: str, event_payload: dict[str, Any]) -> tuple[Flow, FlowEvent]:
         change = op.change_to(flow, event_kind, event_payload)
+        if event_kind == "waiting":
+            self.run(op.check_waits_by_hand, flow)
         stored, event_id = self.change(change)
         return stored, op.event_of(change, stored, event_id)
 
@@ -165,14 +167,14 @@ class SqlFlowStore(FlowStore):
 
     # ---- beyond the contract ----
 
-    def change(self, change: Change) -> tuple[Flow, int | None]:
+    def change(self, change: Change, **how: Any) -> tuple[Flow, int | None]:
         """Writes one revision; a lost reply is looked into, never guessed at.
 
         Raises:
             FlowNotFound, RevisionMismatch: nothing was written.
         """
         stored: tuple[Flow, int | None] = self.attempt(
-            Call(op.change_flow, (change,)), settled=Call(op.find_change, (change,))
+            Call(op.change_flow, (change,)), settled=Call(op.find_change, (change,)), **how
         )
         return stored
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from uuid import UUID
 
 from celery import Celery
+from celery.exceptions import WorkerShutdown, WorkerTerminate
 
 from celery_flows.store import (
     FlowError,
@@ -26,7 +27,7 @@ from celery_flows.store import (
     transitions,
 )
 from celery_flows.store import operations as op
-from celery_flows.store.changes import Change, End, Join, Member, Park, StepWrite
+from celery_flows.store.changes import Change, End, Holder, Join, Member, Park, StepWrite
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import DriveClaim
 from celery_flows.store.models import TERMINAL
@@ -37,7 +38,7 @@ from celery_flows.tasks.errors import FlowCancelled
 from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.run import WAIT_TIMED_OUT, Run, Suspended
-from celery_flows.tasks.runtime import Runtime
+from celery_flows.tasks.runtime import Runtime, claim_token
 
 log = logging.getLogger("celery_flows.drive")
 
@@ -54,8 +55,17 @@ def drive(runtime: Runtime, flow_id: UUID, worker: str) -> None:
 def _claimed(runtime: Runtime, flow_id: UUID, worker: str) -> Driver | None:
     asked_at = boottime()
     lease = runtime.settings.lease_seconds
-    claim = runtime.store.attempt(Call(dispatch.claim_drive, (flow_id, worker, lease)), again={"repeat": True})
+    arguments = (flow_id, claim_token(worker), lease)
+    claim = runtime.store.attempt(Call(dispatch.claim_drive, arguments), again={"repeat": True})
     return None if claim is None else Driver(runtime, claim, asked_at)
+
+
+def let_go(runtime: Runtime, holder: Holder, error: BaseException) -> None:
+    """Gives up a lease because of an exception that ends more than the work: unharmed if this process was told to stop
+    or the store is out of reach; as a crash if the work itself wanted to end the process."""
+    stopped = isinstance(error, WorkerShutdown | WorkerTerminate | KeyboardInterrupt | FlowError)
+    with suppress(FlowError):
+        runtime.store.run(dispatch.hand_back if stopped else dispatch.end_lease, holder)
 
 
 class Driver:
@@ -99,10 +109,8 @@ class Driver:
             pass
         except LeaseLost as lost:
             log.info("%s", lost)
-        except BaseException:
-            # The process is told to stop, or the store cannot be reached: hand the flow back unharmed, if that works.
-            with suppress(FlowError):
-                self.runtime.store.run(dispatch.hand_back, self._holder)
+        except BaseException as error:
+            let_go(self.runtime, self._holder, error)
             raise
         return self._due_again
 
@@ -120,7 +128,8 @@ class Driver:
         except Exception as error:
             self._end_failed(error)
         else:
-            self._end(lambda: ("finished", {"status": FlowStatus.FINISHED, "result_json": result}))
+            finished = {"status": FlowStatus.FINISHED, "result_json": result, "wait_json": None}
+            self._end(lambda: ("finished", finished))
 
     def _read_history(self) -> None:
         if not self._claim.began:
@@ -194,10 +203,17 @@ class Driver:
         if self._paused:
             self._park_and_suspend(None)
         if self._cancel_requested and not cleaning:
-            if self._claim.open_members:
-                self._drain()
+            if self._claim.open_members and not self._cleanup_is_out():
+                self.settle_members()
             return True
         return False
+
+    def settle_members(self) -> None:
+        """Has the members of joins that nobody waits for any more closed before anything else happens: cancels those
+        that nobody has begun, and suspends while others still run. Then history is read again."""
+        self._drain()
+        with self._unwinding():
+            self._read_history()
 
     def check_lease(self) -> None:
         """Renews the lease if it may have ended, by this process's own clock; before every step that runs here."""
@@ -216,7 +232,7 @@ class Driver:
                 lambda: (f"step_{step.status.value}", {"current_step": current_step}), step=step, forgive=self._crashed
             )
 
-    def join(self, members: Sequence[Member], *, good: int, bad: int) -> NoReturn:
+    def join(self, members: Sequence[Member], *, good: int, bad: int, cleanup: bool) -> NoReturn:
         """Schedules members and suspends until ``good`` of them have succeeded or more than ``bad`` have failed.
 
         Without new members the join that is waited for already is left as it is: its counters have moved meanwhile.
@@ -229,7 +245,7 @@ class Driver:
             self._write(
                 lambda: ("step_scheduled", {"current_step": members[0].task}),
                 members=tuple(members), first_pause=pause, forgive=self._crashed,
-                drive=Park(self._holder, self._claim.wakes, None, join),
+                drive=Park(self._holder, self._claim.wakes, None, join), illegal_after_cancel=not cleanup,
             )  # fmt: skip
         self._over = True
         self.runtime.publisher.publish(
@@ -246,6 +262,7 @@ class Driver:
             self._write(
                 lambda: ("waiting", {"status": FlowStatus.WAITING, "wait_json": wait_json(timer)}),
                 step=step, drive=Park(self._holder, self._claim.wakes, timer.at), illegal_after_cancel=True,
+                forgive=self._crashed,
             )  # fmt: skip
         self._over = True
         raise Suspended
@@ -259,7 +276,7 @@ class Driver:
         with self._unwinding():
             self._write(
                 lambda: ("waiting", {"status": FlowStatus.WAITING, "wait_json": wait_json(wait)}),
-                step=step, illegal_after_cancel=True,
+                step=step, illegal_after_cancel=True, forgive=self._crashed,
             )  # fmt: skip
             while True:
                 hand_over(self.runtime, event_key(wait.topic, wait.correlation_id), own=self.flow.id)
@@ -305,8 +322,10 @@ class Driver:
             if illegal_after_cancel and self._cancel_requested:
                 raise FlowCancelled(self.flow.id)
             kind, columns = outcome()
+            change = Change(self.flow.id, self._revision, kind, columns, **more)
             try:
-                self.runtime.store.change(Change(self.flow.id, self._revision, kind, columns, **more))
+                # What is written is the outcome of work: worth trying for as long as the lease is likely to last.
+                self.runtime.store.change(change, patience=self.runtime.settings.lease_seconds / 2)
             except RevisionMismatch:
                 self._look_again()
             except FlowNotFound:
@@ -338,6 +357,9 @@ class Driver:
         """Nothing more may be done: the lease is lost, or the store cannot be reached."""
         self._over = True
         log.warning("flow %s: driving stops (%s)", self.flow.id, type(reason).__name__)
+        if not isinstance(reason, LeaseLost):
+            with suppress(FlowError):
+                self.runtime.store.run(dispatch.hand_back, self._holder)
 
 
 class _Unwinding:

@@ -6,12 +6,15 @@ import logging
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
 from celery_flows.store import FlowError, dispatch, inbox
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.validation import check_name, encode_json
 from celery_flows.store.waits import event_key
-from celery_flows.tasks.publish import Transaction, after_commit
+from celery_flows.tasks.transaction import Transaction, after_commit, transaction_of
 
 if TYPE_CHECKING:
     from celery_flows.tasks.runtime import Runtime
@@ -25,14 +28,18 @@ def emit(runtime: Runtime, topic: str, correlation_id: str, payload: Any, transa
     check_name("correlation_id", correlation_id)
     encode_json("payload", payload, limit=runtime.settings.max_payload_bytes)
     event_id = new_id()
+    caller = None if transaction is None else transaction_of(transaction)
+    # A bare Connection lets nothing be done with the database after its commit: there the sweep looks, at once.
+    pause = 0.0 if isinstance(caller, sa.Connection) else runtime.first_pause
     # The id is made before the first try, so an emit whose reply was lost is not stored twice.
-    stored = Call(inbox.emit, (topic, correlation_id, payload, event_id, runtime.first_pause))
-    if transaction is None:
-        runtime.store.attempt(stored)
+    stored = Call(inbox.emit, (topic, correlation_id, payload, event_id, pause))
+    if caller is None:
+        runtime.store.attempt(stored, settled=Call(inbox.is_stored, (event_id,)))
         look(runtime, topic, correlation_id, event_id)
     else:
-        runtime.store.using(transaction).attempt(stored)
-        after_commit(transaction, lambda: look(runtime, topic, correlation_id, event_id))
+        runtime.store.using(caller).attempt(stored)
+        if isinstance(caller, Session):
+            after_commit(caller, lambda: look(runtime, topic, correlation_id, event_id))
     return event_id
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 
-from celery_flows.store import Flow, FlowManager, FlowStatus, dispatch
+from celery_flows.store import Flow, FlowManager, FlowStatus, dispatch, inbox
 from celery_flows.tasks.errors import FlowCancelled, FlowFailed, ResultTimedOut
-from celery_flows.tasks.publish import Transaction, after_commit
+from celery_flows.tasks.transaction import Transaction, after_commit, transaction_of
 
 if TYPE_CHECKING:
     from celery_flows.tasks.registry import FlowDefinition
@@ -94,27 +95,27 @@ class FlowHandle(Generic[Out]):
         """
         call(self._runtime, self.id, lambda manager: manager.request_cancel(self.id), session)
 
-    def resume(self, patch: dict[str, Any] | None = None) -> None:
-        """Resumes a flow that waits, merging ``patch`` into its state.
+    def resume(self, payload: dict[str, Any] | None = None) -> None:
+        """Resumes a flow that waits: what it waits for has come, with this payload. A flow that no definition drives
+        has the payload merged into its state.
 
         Raises:
             IllegalTransition: it does not wait.
             FlowNotFound: as :meth:`get`.
         """
-        call(self._runtime, self.id, lambda manager: manager.resume(self.id, patch), None)
+        call(self._runtime, self.id, lambda _: self._runtime.store.run(inbox.resume_by_hand, self.id, payload), None)
 
 
-def call(runtime: Runtime, flow_id: UUID, change: Any, transaction: Transaction | None) -> None:
+def call(
+    runtime: Runtime, flow_id: UUID, change: Callable[[FlowManager], object], transaction: Transaction | None
+) -> None:
     """Makes a change that wakes the flow's driver, and tells the broker after the commit."""
-
-    def tell() -> None:
-        hint = runtime.store.run(dispatch.find_drive, flow_id)
-        if hint is not None:
-            runtime.publisher.publish(hint)
-
-    if transaction is None:
-        change(runtime.manager)
-        tell()
-    else:
-        change(FlowManager(runtime.store.using(transaction)))
-        after_commit(transaction, tell)
+    caller = None if transaction is None else transaction_of(transaction)
+    manager = runtime.manager if caller is None else FlowManager(runtime.store.using(caller))
+    change(manager)
+    store = runtime.store if caller is None else runtime.store.using(caller)
+    hint = store.run(dispatch.find_drive, flow_id)
+    if hint is not None and caller is None:
+        runtime.publisher.publish(hint)
+    elif hint is not None and caller is not None:
+        after_commit(caller, lambda: runtime.publisher.publish(hint))

@@ -36,10 +36,10 @@ def sweep(runtime: Runtime) -> SweepReport:
     swept = runtime.store.run(
         dispatch.sweep_due, settings.sweep_limit, settings.republish_seconds, settings.republish_max_seconds
     )
-    lost = [row for row in swept if row.crash_count >= settings.max_crashes]
-    hints = [row.hint for row in swept if row.crash_count < settings.max_crashes]
+    lost = [row for row in swept if row.was_held and row.crash_count >= settings.max_crashes]
+    hints = [row.hint for row in swept if row not in lost]
     for row in lost:
-        _give_up(runtime, row)
+        _try_to_give_up(runtime, row)
     published = runtime.publisher.publish(*hints)
     unsettled = runtime.store.run(dispatch.list_unsettled, settings.sweep_limit)
     handed_over = sum(_hand_over_event(runtime, row.run_id) for row in unsettled if row.kind == "look")
@@ -48,6 +48,13 @@ def sweep(runtime: Runtime) -> SweepReport:
     if any(asdict(report).values()):
         log.info("swept: %s", ", ".join(f"{count} {name}" for name, count in asdict(report).items() if count))
     return report
+
+
+def _try_to_give_up(runtime: Runtime, row: Swept) -> None:
+    try:
+        _give_up(runtime, row)
+    except FlowError as error:  # the row is due again, and the next sweep tries again
+        log.warning("%s is not given up yet (%s)", row.hint.run_id, type(error).__name__)
 
 
 def _give_up(runtime: Runtime, row: Swept) -> None:

@@ -13,6 +13,7 @@ from celery_flows.tasks.payloads import ANY, Codec, result_codec
 
 # What would make the broker, or Celery's canvas, the keeper of something that only the store may keep.
 REFUSED_OPTIONS = ("countdown", "eta", "expires", "link", "link_error", "chord")
+MAX_PRIORITY = 255  # AMQP's is a byte
 LIMITS = ("time_limit", "soft_time_limit")
 
 
@@ -54,6 +55,12 @@ def member_of(
     routed = app.amqp.router.route(dict(options), name, args, kwargs, task)
     limits = {limit_name: options[limit_name] for limit_name in LIMITS if options.get(limit_name) is not None}
     queue = routed.get("queue")
+    priority = options.get("priority")
+    if priority is not None and not (isinstance(priority, int) and 0 <= priority <= MAX_PRIORITY):
+        raise InvalidData(f"step {name}", f"has a priority that is no number from 0 to {MAX_PRIORITY}")
+    queue_name = getattr(queue, "name", queue)
+    if queue_name is not None:
+        check_name(f"queue of step {name}", queue_name)
     called: dict[str, Any] = {"args": list(args), "kwargs": kwargs}
     if cleanup:
         called["cleanup"] = True
@@ -62,8 +69,8 @@ def member_of(
         task=name,
         position=position,
         args=encode_json(f"arguments of step {name}", called, limit=limit),
-        queue=getattr(queue, "name", queue),
-        priority=options.get("priority"),
+        queue=queue_name,
+        priority=priority,
         options=limits or None,
     )
 

@@ -13,8 +13,8 @@ from celery_flows.tasks.payloads import Codec, codec_for
 
 if TYPE_CHECKING:
     from celery_flows.tasks.handle import FlowHandle
-    from celery_flows.tasks.publish import Transaction
     from celery_flows.tasks.runtime import Runtime
+    from celery_flows.tasks.transaction import Transaction
 
 In = TypeVar("In")
 Out = TypeVar("Out")

@@ -82,15 +82,24 @@ class Run:
         signatures = list(members)
         identities = [self._identify(task_name(signature)) for signature in signatures]
         known = [self._driver.history.get(run_id) for run_id, _ in identities]
-        failed = [step for step in known if step is not None and step.status is FlowStepStatus.FAILED]
-        if failed:
-            self._outcome(failed[0], None)
+        if any(step is not None and step.status is FlowStepStatus.FAILED for step in known):
+            self._outcome(self._first_failure([run_id for run_id, _ in identities]), None)
         if any(step is None or not step.status.is_terminal for step in known):
             self._join(list(zip(identities, signatures, known, strict=True)))
         return [
             self._outcome(step, codec_of(self._driver.app, signature))
             for step, signature in zip(known, signatures, strict=True)
         ]
+
+    def _first_failure(self, run_ids: list[str]) -> FlowStep:
+        """Of a join that has failed, the first member that did, once all are closed: what handles the failure must not
+        run beside members, and which failure is told must not depend on when it is asked."""
+        history = self._driver.history
+        if any(run_id in history and not history[run_id].status.is_terminal for run_id in run_ids):
+            self._driver.settle_members()
+            history = self._driver.history
+        members = (history[run_id] for run_id in run_ids if run_id in history)
+        return next(step for step in members if step.status is FlowStepStatus.FAILED)
 
     def _join(self, steps: list[tuple[tuple[str, int], Signature[Any], FlowStep | None]]) -> None:
         """Schedules the members that are not, and suspends the flow until all have succeeded or one has failed."""
@@ -103,7 +112,7 @@ class Run:
             for (run_id, position), signature in missing
         ]
         succeeded = sum(step is not None and step.status is FlowStepStatus.SUCCEEDED for _, _, step in steps)
-        self._driver.join(members, good=len(steps) - succeeded, bad=0)
+        self._tell_once(lambda: self._driver.join(members, good=len(steps) - succeeded, bad=0, cleanup=cleanup))
 
     def _inline(self, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = step_name(work)
@@ -160,7 +169,8 @@ class Run:
         if self._driver.now() >= at:
             self._driver.record(_closed(step, FlowStepStatus.SUCCEEDED), current_step="sleep")
         else:
-            self._wait(lambda: self._driver.wait(TimerWait(at=at, run_id=run_id), step))
+            self._refuse_in_cleanup("sleep")
+            self._tell_once(lambda: self._driver.wait(TimerWait(at=at, run_id=run_id), step))
 
     def wait_for(self, topic: str, correlation_id: str, *, timeout: timedelta | None = None) -> Any:
         """Waits without a worker for an external event, and gives its payload. One that came before is taken at once;
@@ -180,18 +190,23 @@ class Run:
             wait = self._external_wait(topic, correlation_id, timeout, run_id, known)
             args = wait.model_dump(mode="json", exclude={"kind", "run_id"})
             step = self._wait_step(run_id, name, position, args, known)
-            known = self._wait(lambda: self._driver.wait_for_event(wait, step))
+            self._refuse_in_cleanup(name)
+            known = self._tell_once(lambda: self._driver.wait_for_event(wait, step))
         if known.status is FlowStepStatus.FAILED and (known.error_json or {}).get("type") == WAIT_TIMED_OUT:
             raise WaitTimedOut(topic, correlation_id)
         return self._outcome(known, None)
 
-    def _wait(self, wait: Callable[[], T]) -> T:
-        """Waits; a cancel that comes in the moment before tells the flow too, so what follows is cleanup."""
+    def _tell_once(self, go_on: Callable[[], T]) -> T:
+        """Goes on; a cancel that comes in the moment before tells the flow too, so what follows is cleanup."""
         try:
-            return wait()
+            return go_on()
         except FlowCancelled:
             self._cleaning = True
             raise
+
+    def _refuse_in_cleanup(self, name: str) -> None:
+        if self._cleaning:
+            raise InvalidData(f"step {name}", "cannot wait: the flow is cancelled and cleans up")
 
     def _external_wait(
         self, topic: str, correlation_id: str, timeout: timedelta | None, run_id: str, known: FlowStep | None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
+import threading
+import weakref
 from functools import cached_property
 from pathlib import Path
 
@@ -23,9 +26,16 @@ class Runtime:
     def __init__(self, app: Celery, store: SqlFlowStore | None = None) -> None:
         self.app = app
         self.registry = Registry()
-        self._given_store = store
-        self._store: SqlFlowStore | None = None
-        self._store_pid = 0
+        self._store = store
+        self._opening = threading.Lock()
+        refer = weakref.WeakMethod(self._after_fork)
+        os.register_at_fork(after_in_child=lambda: (after := refer()) and after())
+
+    def _after_fork(self) -> None:
+        """In a forked child: the pooled connections are the parent's, their sockets stay open and are not used here."""
+        self._opening = threading.Lock()
+        if self._store is not None:
+            self._store.engine.dispose(close=False)
 
     @cached_property
     def settings(self) -> FlowSettings:
@@ -40,21 +50,13 @@ class Runtime:
     def store(self) -> SqlFlowStore:
         """This process's store, opened at the first use; its schema is checked then.
 
-        A forked child opens its own: connections must not be shared with the parent. The parent's are left alone.
-
         Raises:
             SchemaOutdated, StoreError, InvalidData
         """
-        if self._store is None or self._store_pid != os.getpid():
-            self._store, self._store_pid = self._open_store(), os.getpid()
-        return self._store
-
-    def _open_store(self) -> SqlFlowStore:
-        if self._store is not None:  # forked: the pool is the parent's, its sockets must stay open
-            self._store.engine.dispose(close=False)
-        if self._given_store is not None:
-            return self._given_store
-        return SqlFlowStore(make_engine(self.settings.require_store_url()))
+        with self._opening:
+            if self._store is None:
+                self._store = SqlFlowStore(make_engine(self.settings.require_store_url()))
+            return self._store
 
     def import_definitions(self) -> None:
         """Imports the modules that ``flow_imports`` names.
@@ -90,8 +92,14 @@ class Runtime:
 
 
 def worker_token(pid: int, request_id: str) -> str:
-    """Who holds a lease: node, boot, process and Celery request. No two claims of different messages share one."""
+    """Who runs a message: node, boot, application process, process and Celery request. A claim adds a part of its own,
+    so that no two share one; the worker's parent process renews and releases by this beginning."""
     return f"{_NODE}/{pid}/{request_id}"
+
+
+def claim_token(worker: str) -> str:
+    """The token of one claim by this worker: one that no other claim has, not even of the same message."""
+    return f"{worker}/{secrets.token_hex(4)}"
 
 
 def _boot_id() -> str:
@@ -101,4 +109,6 @@ def _boot_id() -> str:
         return "0"
 
 
-_NODE = f"{socket.gethostname()[:60]}/{_boot_id()}"
+# The last part tells applications apart that share host name, boot and process ids, as containers may; a forked child
+# has its parent's.
+_NODE = f"{socket.gethostname()[:60]}/{_boot_id()}/{secrets.token_hex(4)}"

@@ -52,7 +52,7 @@ class FlowSettings(BaseSettings):
         MAX_PAYLOAD_BYTES, ge=1, le=MAX_PAYLOAD_BYTES, description="The largest input, result or event, as JSON."
     )
     timer_horizon_days: float | None = Field(
-        None, gt=0, description="Refuse timers further away than this; not set: any time in the future."
+        None, gt=0, le=36_500, description="Refuse timers further away than this; not set: any time in the future."
     )
     retain_days: int = Field(30, ge=0, le=36_500, description="How long ended flows are kept, by the daily prune.")
 

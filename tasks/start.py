@@ -9,16 +9,15 @@ from celery_flows.store import Flow, FlowNotFound, InvalidData, KeyConflict, Sta
 from celery_flows.store import operations as op
 from celery_flows.store.changes import Drive
 from celery_flows.store.dispatch import Hint
-from celery_flows.store.script import Call
+from celery_flows.store.script import LOCK_NOT_AVAILABLE, Call
 from celery_flows.tasks.handle import FlowHandle
-from celery_flows.tasks.publish import Transaction, after_commit
+from celery_flows.tasks.transaction import Transaction, after_commit, transaction_of
 
 if TYPE_CHECKING:
     from celery_flows.tasks.registry import FlowDefinition
     from celery_flows.tasks.runtime import Runtime
 
 Out = TypeVar("Out")
-LOCK_NOT_AVAILABLE = "55P03"
 
 
 def start(
@@ -40,10 +39,11 @@ def start(
         input_json=_encoded_input(runtime, definition, input),
     )
     drive = Drive(definition.name, definition.queue, first_pause=runtime.first_pause)
-    store = runtime.store if transaction is None else runtime.store.using(transaction)
+    caller = None if transaction is None else transaction_of(transaction)
+    store = runtime.store if caller is None else runtime.store.using(caller)
     call = Call(op.create_flow, (flow, {}, drive))
     try:
-        created = store.attempt(call, settled=Call(op.find_created, (flow,)))
+        created = store.attempt(call, settled=Call(op.find_created, (flow,)), waits_for_locks=key is None)
     except StoreError as error:
         if key is not None and _lock_timed_out(error):
             raise StartPending(definition.name, key) from error
@@ -52,10 +52,10 @@ def start(
         assert key is not None
         return FlowHandle(runtime, _existing(store, flow, key).id, definition)
     hint = Hint(str(flow.id), flow.id, "drive", definition.name, definition.queue)
-    if transaction is None:
+    if caller is None:
         runtime.publisher.publish(hint)
     else:
-        after_commit(transaction, lambda: runtime.publisher.publish(hint))
+        after_commit(caller, lambda: runtime.publisher.publish(hint))
     return FlowHandle(runtime, flow.id, definition)
 
 

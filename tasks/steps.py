@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,14 +14,14 @@ from celery._state import _task_stack  # type: ignore[attr-defined]
 from celery.app.trace import task_has_custom
 from celery.exceptions import Ignore, Reject, Retry
 
-from celery_flows.store import FlowError, FlowStepStatus, InvalidData, dispatch
+from celery_flows.store import FlowStepStatus, InvalidData, dispatch
 from celery_flows.store.changes import Completion
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import StepClaim
 from celery_flows.store.script import Call
-from celery_flows.tasks.drive import UNKNOWN_PAUSE_SECONDS, drive
+from celery_flows.tasks.drive import UNKNOWN_PAUSE_SECONDS, drive, let_go
 from celery_flows.tasks.payloads import describe, result_codec
-from celery_flows.tasks.runtime import Runtime
+from celery_flows.tasks.runtime import Runtime, claim_token
 
 log = logging.getLogger("celery_flows.steps")
 
@@ -41,7 +40,7 @@ def run_step(runtime: Runtime, run_id: str, delivery: Delivery) -> None:
     """Runs one Celery step, if its row is there to be claimed; then the flow itself, if this was what it waited for."""
     asked_at, lease = boottime(), runtime.settings.lease_seconds
     claim: StepClaim | None = runtime.store.attempt(
-        Call(dispatch.claim_step, (run_id, delivery.worker, lease)), again={"repeat": True}
+        Call(dispatch.claim_step, (run_id, claim_token(delivery.worker), lease)), again={"repeat": True}
     )
     if claim is None:
         return
@@ -74,9 +73,8 @@ def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery:
     except (Exception, Reject) as error:
         log.warning("step %s of flow %s failed: %s", claim.task, claim.flow_id, type(error).__name__)
         return Completion(claim.holder, claim.flow_id, FlowStepStatus.FAILED, error=describe(error))
-    except BaseException:
-        with suppress(FlowError):  # the process is told to stop: hand the step back unharmed
-            runtime.store.run(dispatch.hand_back, claim.holder)
+    except BaseException as error:
+        let_go(runtime, claim.holder, error)
         raise
     return Completion(claim.holder, claim.flow_id, FlowStepStatus.SUCCEEDED, result=result)
 
@@ -106,7 +104,9 @@ def _settle(runtime: Runtime, claim: StepClaim, outcome: Outcome, delivery: Deli
             log.info("step %s: its lease was lost, its retry is not recorded", claim.holder.run_id)
         return
     completed: dispatch.Completed | None = runtime.store.attempt(
-        Call(dispatch.complete_step, (outcome,)), settled=Call(dispatch.find_completion, (outcome,))
+        Call(dispatch.complete_step, (outcome,)),
+        settled=Call(dispatch.find_completion, (outcome,)),
+        patience=runtime.settings.lease_seconds / 2,
     )
     if completed is None:
         log.info("step %s: its lease was lost, its outcome is refused", claim.holder.run_id)

@@ -9,7 +9,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from celery_flows.store import FlowError, SqlFlowStore, inbox
+from celery_flows.store import SqlFlowStore, inbox
+from celery_flows.store.clock import as_utc
 from celery_flows.store.dispatch import list_unsettled
 
 log = logging.getLogger("celery_flows.waits")
@@ -37,6 +38,7 @@ class WaitEngine:
 
         ``now`` is aware; None means the database's clock, which is what workers use.
         """
+        now = None if now is None else as_utc("now", now)
         rows = self._store.run(list_unsettled, limit, now)
         return self.settle([row.flow_id for row in rows if row.flow_id is not None], now)
 
@@ -49,8 +51,13 @@ class WaitEngine:
 
     def _settle(self, flow_id: UUID, now: datetime | None) -> str:
         try:
+            key = self._store.run(inbox.awaited_key, flow_id)
+            while key is not None and self._store.run(inbox.hand_over_next, key) is not None:
+                pass  # an event that lies in the inbox comes before a timeout
+            if key is not None and self._store.run(inbox.awaited_key, flow_id) is None:
+                return "resumed"
             return self._store.run(inbox.settle_wait, flow_id, now) or "still_waiting"
-        except FlowError as error:
+        except Exception as error:  # one flow's trouble is not the others'
             log.warning("the wait of flow %s is not settled yet (%s)", flow_id, type(error).__name__)
             return "errors"
 

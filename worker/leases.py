@@ -21,6 +21,8 @@ from celery_flows.tasks.runtime import Runtime, worker_token
 
 log = logging.getLogger("celery_flows.leases")
 
+LOOKS_FOR_THE_DEAD = 5
+
 
 class Leases:
     """The leases of one worker's process tree."""
@@ -29,16 +31,19 @@ class Leases:
         self._runtime = runtime
         self._interval = runtime.settings.lease_seconds / 3
         self._seen: dict[str, int] = {}  # token → pid, as of the last look
+        self._dead: dict[str, int] = {}  # token → looks left; a row that somebody has locked is asked for again
         self._renewed_at = boottime()
 
     def keep(self) -> None:
         """One look: releases what dead children held, at once; renews the rest, once per third of a lease."""
         current = held_by(state.active_requests)
         gone = {token: pid for token, pid in {**self._seen, **current}.items() if not is_alive(pid)}
-        if gone:
-            released = self._runtime.store.run(dispatch.release, list(gone))
+        self._dead |= dict.fromkeys(gone, LOOKS_FOR_THE_DEAD)
+        if self._dead:
+            released = self._runtime.store.run(dispatch.release, list(self._dead))
             if released:
                 log.warning("released %d leases of dead worker processes", released)
+            self._dead = {token: looks - 1 for token, looks in self._dead.items() if looks > 1}
         self._seen = {token: pid for token, pid in current.items() if token not in gone}
         if boottime() - self._renewed_at >= self._interval:
             if self._seen:
@@ -57,8 +62,8 @@ def held_by(requests: Iterable[Any]) -> dict[str, int]:
             break
         except RuntimeError:
             continue
-    pids = {request.id: request.worker_pid for request in running if request.worker_pid is not None}
-    return {worker_token(pid, request_id): pid for request_id, pid in pids.items()}
+    held = [request for request in running if request.worker_pid is not None]
+    return {worker_token(request.worker_pid, request.id): request.worker_pid for request in held}
 
 
 def is_alive(pid: int) -> bool:

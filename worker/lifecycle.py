@@ -1,4 +1,4 @@
-"""What a Celery worker gets besides its tasks: a check at its start, and a thread that sweeps and keeps leases."""
+"""What a Celery worker gets besides its tasks: a check at its start, and threads that keep leases and sweep."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from celery_flows.worker.leases import Leases
 log = logging.getLogger("celery_flows.worker")
 
 STOP_SECONDS = 5.0
+LOOK_SECONDS = 1.0  # how soon a dead child is noticed
 
 
 def install(app: Celery, runtime: Runtime) -> None:
@@ -37,17 +38,17 @@ class WorkerStep(bootsteps.StartStopStep):
         super().__init__(parent, **options)
         check_ready(self.runtime)
         guard_tasks(self.runtime.app)
-        self._ticker: Ticker | None = None
+        self._tickers: list[Ticker] = []
 
     def start(self, parent: Any) -> None:
-        leases = Leases(self.runtime)
-
-        def tick() -> None:
-            leases.keep()
-            sweep(self.runtime)
-
-        self._ticker = Ticker(tick, self.runtime.settings.sweep_seconds)
-        self._ticker.start()
+        settings = self.runtime.settings
+        # Two threads: a sweep that is held up must not keep leases from being renewed.
+        self._tickers = [
+            Ticker("leases", Leases(self.runtime).keep, min(LOOK_SECONDS, settings.lease_seconds / 10)),
+            Ticker("sweep", lambda: sweep(self.runtime), settings.sweep_seconds),
+        ]
+        for ticker in self._tickers:
+            ticker.start()
         # Not in stop(), which comes before the pool's: that waits for what is running, and its leases must be kept.
         signals.worker_shutdown.connect(self._end, sender=parent, weak=False)
 
@@ -55,8 +56,8 @@ class WorkerStep(bootsteps.StartStopStep):
         self._end()
 
     def _end(self, **_: Any) -> None:
-        if self._ticker is not None:
-            self._ticker.stop()
+        for ticker in self._tickers:
+            ticker.stop()
 
 
 def check_ready(runtime: Runtime) -> None:
@@ -75,8 +76,8 @@ def check_ready(runtime: Runtime) -> None:
 class Ticker(threading.Thread):
     """Does a chore every so often, with jitter, until told to stop. A failure is told once, and the chore tried on."""
 
-    def __init__(self, chore: Callable[[], object], seconds: float) -> None:
-        super().__init__(name="celery-flows", daemon=True)
+    def __init__(self, name: str, chore: Callable[[], object], seconds: float) -> None:
+        super().__init__(name=f"celery-flows {name}", daemon=True)
         self._chore, self._seconds = chore, seconds
         self._stopped = threading.Event()
         self._failing = False
@@ -90,11 +91,11 @@ class Ticker(threading.Thread):
             self._chore()
         except Exception as error:
             if not self._failing:
-                log.error("looking for due work fails, and is tried again (%s: %s)", type(error).__name__, error)
+                log.error("%s fails, and is tried again (%s: %s)", self.name, type(error).__name__, error)
             self._failing = True
         else:
             if self._failing:
-                log.info("looking for due work succeeds again")
+                log.info("%s succeeds again", self.name)
             self._failing = False
 
     def stop(self) -> None:

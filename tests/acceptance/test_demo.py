@@ -1,4 +1,7 @@
-"""The demo, as a stranger runs it: a worker is killed, the flow finishes, and the report is right."""
+"""The demo, as a stranger runs it: a worker is killed, the flow finishes, and the report is right.
+
+On servers of its own it is run by tests/acceptance/test_readme.py, as ``make demo``.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +52,6 @@ def assert_right(ended: CompletedProcess[str], packages: Path, report: Path, **f
     expected: dict[str, Any] = {"folder": str(packages), "distributions": COUNT, "files": FILES - len(missing)}
     expected |= {"bytes": sum(sizes), "altered": [], "missing": [], "unlisted": []}
     assert json.loads(report.read_text()) == expected | found
-
-
-def test_on_servers_of_its_own_it_finishes_though_a_worker_is_killed(packages: Path, tmp_path: Path) -> None:
-    ended = run_demo(packages, tmp_path / "report.json")
-
-    assert_right(ended, packages, tmp_path / "report.json")
 
 
 def test_damage_done_on_purpose_is_reported_over_postgresql_and_redis(

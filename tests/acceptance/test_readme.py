@@ -5,8 +5,10 @@ A command or a block that no test here knows fails, so whoever adds one also say
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -15,11 +17,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any, TypeVar
 
 import pytest
 
 from celery_flows import FlowCancelled, FlowStatus, Run, SqlFlowStore
+from examples.verify_packages import audit
 from tests.support.bench import Bench
 from tests.support.brokers import Broker
 from tests.support.commandline import ROOT, Background, Project
@@ -115,17 +119,20 @@ def test_every_python_block_is_run_by_a_test() -> None:
 @tries("make demo")
 def test_make_demo() -> None:
     report = ROOT / "verify-packages.json"
-    was_there = report.exists()
+    before = report.read_text() if report.exists() else None
+    report.unlink(missing_ok=True)
     try:
         # What it runs on is there already, or this test would not run: it need not be installed once more.
         ended = shell(ROOT).run("make", "-o", ".venv/.installed", f"python={sys.executable}", "demo")
+        told = json.loads(report.read_text())
     finally:
-        if not was_there:
-            report.unlink(missing_ok=True)
+        report.unlink(missing_ok=True) if before is None else report.write_text(before)
 
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert re.search(r"^killed worker-\d with SIGKILL at .*: exit code -9$", ended.stdout, re.MULTILINE)
     assert ended.stdout.splitlines()[-1] == "finished"
+    assert told["distributions"] == len(audit.find_distributions(Path(told["folder"])))
+    assert told["files"] > told["distributions"]
 
 
 @tries("make test")
@@ -135,6 +142,7 @@ def test_make_test_would_run_all_tests() -> None:
     assert (ended.returncode, ended.stdout) == (0, ".venv/bin/python -m pytest\n")
 
 
+INSTALL_ALL = "pip install '.[embedded,flower]'"
 DEV = "celery-flows dev -A shop"
 SOURCE = ". .celery-flows/env"
 START = """celery -A shop flow start shop/fulfil '"order-1"' --key order-1"""
@@ -175,6 +183,15 @@ def test_the_flow_of_the_first_page_with_everything_in_one_command(tmp_path: Pat
 
 def has_ended(store: SqlFlowStore, flow_id: str) -> bool:
     return any(str(flow.id) == flow_id for flow in store.list_by_status(FlowStatus.FINISHED))
+
+
+@tries(INSTALL_ALL)
+def test_what_is_installed_for_the_first_page_can_be(tmp_path: Path) -> None:
+    ended = run_pip(INSTALL_ALL, copied(tmp_path), "--dry-run")
+
+    assert ended.returncode == 0, ended.stderr
+    assert "Would install celery-flows-" in ended.stdout
+    assert "does not provide the extra" not in ended.stdout + ended.stderr
 
 
 INSTALL = "pip install ."
@@ -226,7 +243,7 @@ def test_added_to_an_app_with_postgresql_and_redis(tmp_path: Path, databases: Da
             ended = project.run(sys.executable, "order.py")
             assert ended.returncode == 0, f"{ended.stderr}\n{worker.output}"
             assert ended.stdout == "paid 3600 for order-2, approved by Ada\n"
-            until((tmp_path / "celerybeat.pid").exists, "beat runs", within_seconds=20)
+            until(lambda: list(tmp_path.glob("celerybeat-schedule*")), "beat has its schedule", within_seconds=20)
             for running in (beat, worker):
                 running.look()
                 running.send(signal.SIGTERM)
@@ -234,20 +251,30 @@ def test_added_to_an_app_with_postgresql_and_redis(tmp_path: Path, databases: Da
 
 
 def install(folder: Path) -> Path:
-    """Installs a copy of the repository as the page says, but without network and beside this Python's packages."""
-    source, target = folder / "source", folder / "installed"
+    """Installs the repository as the page says, but beside this Python's own packages."""
+    target = folder / "installed"
+    ended = run_pip(INSTALL, copied(folder), "--target", str(target))
+    assert ended.returncode == 0, ended.stderr
+    assert (target / "celery_flows/store/schema.py").is_file()
+    return target
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the repository: pip builds in the folder that it installs from."""
+    source = folder / "source"
     source.mkdir()
     for name in BUILT_FROM:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, source / name)
-    program, *arguments = INSTALL.split()
-    offline = ("--no-deps", "--no-index", "--no-build-isolation", "--target", str(target), "--quiet")
-    ended = shell(source).run(sys.executable, "-m", program, *arguments, *offline)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert (target / "celery_flows/store/schema.py").is_file()
-    return target
+    return source
+
+
+def run_pip(command: str, source: Path, *options: str) -> CompletedProcess[str]:
+    """Runs a pip command there without network: what else is needed is here already."""
+    offline = ("--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
+    return shell(source).run(sys.executable, "-m", *shlex.split(command), *offline, *options)
 
 
 @tries('@flows.flow("trip/book")')

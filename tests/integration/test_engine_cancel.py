@@ -156,11 +156,11 @@ def test_cancel_in_the_moment_before_the_flow_would_wait_is_not_missed(
     handle = sagas(bench).start(way)
     changing = bench.store.change
 
-    def cancel_first(change: Any) -> Any:
+    def cancel_first(change: Any, **more: Any) -> Any:
         if change.kind in ("waiting", "step_scheduled"):
             monkeypatch.undo()
             handle.cancel()
-        return changing(change)
+        return changing(change, **more)
 
     monkeypatch.setattr(bench.store, "change", cancel_first)
     bench.drive(handle.id)
@@ -173,11 +173,11 @@ def test_cancel_in_the_moment_before_the_flow_would_finish_wins(bench: Bench, mo
     handle = sagas(bench).start("at once")
     changing = bench.store.change
 
-    def cancel_first(change: Any) -> Any:
+    def cancel_first(change: Any, **more: Any) -> Any:
         if change.kind == "finished":
             monkeypatch.undo()
             handle.cancel()
-        return changing(change)
+        return changing(change, **more)
 
     monkeypatch.setattr(bench.store, "change", cancel_first)
     assert is_cancelled(bench, handle)

@@ -8,10 +8,13 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from celery.exceptions import WorkerShutdown, WorkerTerminate
 
 from celery_flows import FlowFailed, FlowHandle, FlowStatus, FlowStepStatus, Run, StepFailed, StepLost
+from celery_flows.store import dispatch
 from celery_flows.store.engines import make_engine
 from celery_flows.store.tables import flow_inbox, flows
+from celery_flows.tasks.runtime import claim_token
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
 from tests.support.faults import Died, MortalStore, Strikes
@@ -85,7 +88,8 @@ def mortal(make_bench: MakeBench, url: str, **conf: Any) -> tuple[Bench, MortalS
     return make_bench(store=store, **conf), store
 
 
-@pytest.mark.parametrize("strikes", list(Strikes), ids=lambda strikes: strikes.name.lower())
+# Dying after a call is dying before the next one, but for what runs in between; that has a test of its own below.
+@pytest.mark.parametrize("strikes", [Strikes.BEFORE, Strikes.REPLY_LOST], ids=["death", "lost reply"])
 def test_a_fault_at_any_call_of_the_store_loses_and_repeats_nothing(
     make_bench: MakeBench, engine_database: str, strikes: Strikes
 ) -> None:
@@ -302,12 +306,21 @@ def test_progress_forgives_crashes(make_bench: MakeBench, engine_database: str) 
     assert effects == [str(number) for number in range(6)]
 
 
-def test_a_worker_that_is_told_to_stop_hands_its_flow_back_unharmed(bench: Bench) -> None:
-    stopping = [True]
+# How a call that ends more than itself leaves its row: a worker that was told to stop is not the work's fault.
+endings = pytest.mark.parametrize(
+    ("ending", "crashes"), [(WorkerShutdown, 0), (WorkerTerminate, 0), (KeyboardInterrupt, 0), (SystemExit, 1)]
+)
+
+
+@endings
+def test_what_ends_a_flows_process_is_a_crash_unless_the_worker_was_told_to_stop(
+    bench: Bench, ending: type[BaseException], crashes: int
+) -> None:
+    ends = [ending]
 
     def interrupted() -> int:
-        if stopping.pop() if stopping else False:
-            raise SystemExit
+        if ends:
+            raise ends.pop()
         return 1
 
     @bench.flows.flow("stops")
@@ -315,22 +328,24 @@ def test_a_worker_that_is_told_to_stop_hands_its_flow_back_unharmed(bench: Bench
         return run.step(interrupted)
 
     handle = stops.start()
-    with pytest.raises(SystemExit):
+    with pytest.raises(ending):
         bench.drive(handle.id)
-    [row] = bench.rows(handle.id)
-    assert (row.worker, row.crash_count) == (None, 0)
     assert bench.sweep().published == 1
+    [row] = bench.rows(handle.id)
+    assert (row.worker, row.crash_count) == (None, crashes)
     assert bench.finish(handle) == 1
 
 
-def test_a_worker_that_is_told_to_stop_hands_its_step_back_unharmed(bench: Bench) -> None:
-    stopping = [True]
+@endings
+def test_what_ends_a_steps_process_is_a_crash_unless_the_worker_was_told_to_stop(
+    bench: Bench, ending: type[BaseException], crashes: int
+) -> None:
+    ends = [ending]
 
     @bench.task("interrupted")
     def interrupted() -> int:
-        if stopping:
-            stopping.pop()
-            raise SystemExit
+        if ends:
+            raise ends.pop()
         return 1
 
     @bench.flows.flow("stops")
@@ -340,9 +355,37 @@ def test_a_worker_that_is_told_to_stop_hands_its_step_back_unharmed(bench: Bench
     handle = stops.start()
     bench.drive(handle.id)
     [step] = bench.store.list_steps(handle.id)
-    with pytest.raises(SystemExit):
+    with pytest.raises(ending):
         bench.run_step(step.run_id)
-    [_, row] = bench.rows(handle.id)
-    assert (row.worker, row.crash_count) == (None, 0)
     assert bench.sweep().published == 1
+    [_, row] = bench.rows(handle.id)
+    assert (row.worker, row.crash_count) == (None, crashes)
     assert bench.finish(handle) == 1
+
+
+def test_work_that_its_parent_released_too_often_is_given_up(bench: Bench) -> None:
+    """The parent of a dead process ends its lease before any sweep finds it; that counts, too."""
+
+    @bench.task("deadly")
+    def deadly() -> int:
+        return 1
+
+    @bench.flows.flow("deadly")
+    def flow(run: Run) -> str:
+        try:
+            run.step(deadly)
+        except StepLost as lost:
+            return f"caught {lost.type}"
+        return "survived"
+
+    handle = flow.start()
+    bench.drive(handle.id)
+    [step] = bench.store.list_steps(handle.id)
+    limit = bench.flows.settings.max_crashes
+    for crash in range(1, limit + 1):
+        worker = bench.token()
+        claim = bench.store.run(dispatch.claim_step, step.run_id, claim_token(worker), 30.0)
+        assert claim is not None
+        assert bench.store.run(dispatch.release, [worker]) == 1
+        assert bench.sweep().lost == (crash == limit)
+    assert bench.finish(handle) == "caught StepLost"

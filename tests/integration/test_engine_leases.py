@@ -124,11 +124,11 @@ def test_a_stale_drivers_wait_join_and_end_are_refused(
     changing = overtaken.stale.store.change
     struck = []
 
-    def stop_before(change: Any) -> Any:
+    def stop_before(change: Any, **more: Any) -> Any:
         if change.kind == moment:
             struck.append(moment)
             overtaken.take_over()
-        return changing(change)
+        return changing(change, **more)
 
     monkeypatch.setattr(overtaken.stale.store, "change", stop_before)
     overtaken.stale.drive(handle.id)

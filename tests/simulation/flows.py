@@ -10,16 +10,14 @@ from celery import Celery, Signature
 from celery_flows import FlowCancelled, Flows, Run, StepFailed, WaitTimedOut
 from celery_flows.tasks.run import run_id_of
 from tests.simulation.invariants import Observer
-from tests.simulation.world import SimulatedPublisher, World, make_store
+from tests.simulation.world import SimulatedPublisher, Violation, World, make_store
 
 store = make_store()
 observer = Observer(store)
 store.observer = observer
 
 app = Celery("simulation", broker="memory://", set_as_current=False)
-app.conf.update(
-    task_default_queue="simulation", flow_lease_seconds=30, flow_republish_seconds=5, flow_max_crashes=4
-)
+app.conf.update(task_default_queue="simulation", flow_lease_seconds=30, flow_republish_seconds=5, flow_max_crashes=4)
 flows = Flows(app, store=store)
 flows.runtime.__dict__["publisher"] = SimulatedPublisher()
 
@@ -29,7 +27,7 @@ RETRY_SECONDS = 20
 def effect(flow_id: str, name: str, *, cleanup: bool = False, run_id: str | None = None) -> str:
     """A step's body: begins, may be interrupted, has its effect."""
     world = World.current
-    from uuid import UUID  # noqa: PLC0415
+    from uuid import UUID
 
     observer.begin_step(world.me(), flow_id, run_id or run_id_of(UUID(flow_id), name, 1), cleanup=cleanup)
     world.stop_here(f"in {name}")
@@ -65,8 +63,12 @@ def member(self: Any, flow_id: str, number: int, fails: bool = False) -> int:
 @app.task(bind=True, name="simulation.retried", shared=False, max_retries=2)
 def retried(self: Any, flow_id: str) -> int:
     """A Celery step that succeeds at its second attempt."""
+    world = World.current
+    if self.request.retries and world.clock < world.not_before[self.request.id]:
+        raise Violation("(7) an attempt begins before its backoff has passed")
     effect(flow_id, "retried", run_id=self.request.id)
     if self.request.retries < 1:
+        world.not_before[self.request.id] = world.clock + timedelta(seconds=RETRY_SECONDS)
         raise self.retry(countdown=RETRY_SECONDS, exc=RuntimeError("not yet"))
     return int(self.request.retries)
 
@@ -85,7 +87,7 @@ def gather(run: Run) -> int:
     run.step(one, str(run.flow_id))
     first = sum(run.gather(members(run, 3)))
     run.step(two, str(run.flow_id))
-    return first + run.step(member, str(run.flow_id), 7)
+    return first + int(run.step(member, str(run.flow_id), 7))
 
 
 @flows.flow("gather-fails")
@@ -94,6 +96,7 @@ def gather_fails(run: Run) -> str:
     try:
         run.gather(members(run, 3, fails=1))
     except StepFailed:
+        run.step(undo, str(run.flow_id))
         run.step(member, str(run.flow_id), 8)
         return run.step(two, str(run.flow_id))
     return "no member failed"
@@ -118,7 +121,7 @@ def cleanup(run: Run) -> None:
 
 @flows.flow("retry")
 def retry(run: Run) -> int:
-    return run.step(retried, str(run.flow_id))
+    return int(run.step(retried, str(run.flow_id)))
 
 
 @flows.flow("sleep")

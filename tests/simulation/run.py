@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -20,7 +21,7 @@ from celery_flows.tasks.drive import drive
 from celery_flows.tasks.steps import Delivery, run_step
 from tests.simulation.flows import flows, observer, store
 from tests.simulation.scenarios import SCENARIOS, Scenario
-from tests.simulation.world import START, Actor, Violation, World, clean, later
+from tests.simulation.world import Actor, Violation, World, clean, later
 
 MAX_MOVES, MAX_ROUNDS = 600, 80
 CRASHES, DROPS, DOUBLES, JUMPS = 2, 2, 2, 2
@@ -50,7 +51,7 @@ class Run:
                 self._chaos()
                 self._quiet()
                 self._check_end()
-        except AssertionError as error:
+        except (AssertionError, Violation) as error:
             log = "\n".join(self.world.log)
             raise Violation(f"{self.scenario.name}: {error}\n{log}") from error
         finally:
@@ -62,10 +63,13 @@ class Run:
 
     def _chaos(self) -> None:
         for _ in range(self.rng.randrange(20, MAX_MOVES)):
-            live = [actor for actor in self.world.actors if not actor.done]
+            live = self._live()
             if not live and not self.world.messages and self.rng.random() < 0.3:
                 return
             self._move(live)
+
+    def _live(self) -> list[Actor]:
+        return [actor for actor in self.world.actors if not actor.done and not actor.frozen]
 
     def _move(self, live: list[Actor]) -> None:
         dice = self.rng.random()
@@ -79,7 +83,10 @@ class Run:
             self._pass(self.rng.choice((0.5, 2, 6)))
         elif dice < 0.97 and self.left["jump"]:
             self.left["jump"] -= 1
+            self._freeze(live)
             self._pass(31)
+        elif dice < 0.975:
+            self._thaw()
         elif dice < 0.99 and self.left["crash"]:
             self._crash(live)
 
@@ -114,8 +121,8 @@ class Run:
     def _pass(self, seconds: float) -> None:
         self.world.clock += later(seconds)
         clock = self.world.clock.strftime("%Y-%m-%d %H:%M:%S.%f")
-        rows = observer.rows("SELECT count(*) FROM flow_dispatch WHERE worker IS NOT NULL AND due_at <= ?", clock)
-        self.world.expiries += rows[0][0]
+        ended = observer.rows("SELECT run_id, fence FROM flow_dispatch WHERE worker IS NOT NULL AND due_at <= ?", clock)
+        self._lose(ended)
         self.world.say(f"{seconds} s pass")
 
     def _crash(self, live: list[Actor]) -> None:
@@ -124,12 +131,28 @@ class Run:
             return
         self.left["crash"] -= 1
         victim = self.rng.choice(victims)
-        self.world.crashes += 1
+        self._lose(observer.rows("SELECT run_id, fence FROM flow_dispatch WHERE worker LIKE ?", f"{victim.token}/%"))
         self.world.say(f"{victim.name} dies {victim.at}")
         victim.crash()
         if victim.token and self.rng.random() < 0.5:  # its parent notices, sooner or later
             token = victim.token
             self.world.spawn("parent", lambda: store.run(dispatch.release, [token]))
+
+    def _freeze(self, live: list[Actor]) -> None:
+        """Stops a worker in its tracks, so that its lease ends and another takes over before it goes on."""
+        workers = [actor for actor in live if actor.token]
+        if workers:
+            victim = self.rng.choice(workers)
+            victim.frozen = True
+            self.world.say(f"{victim.name} freezes {victim.at}")
+
+    def _thaw(self) -> None:
+        for actor in self.world.actors:
+            actor.frozen = False
+
+    def _lose(self, leases: list[tuple[Any, ...]]) -> None:
+        for run_id, fence in leases:
+            self.world.lost.setdefault(run_id, set()).add(fence)
 
     # ---- quiet ----
 
@@ -138,6 +161,7 @@ class Run:
         self.world.say("quiet")
         for number in range(MAX_ROUNDS):
             self._run_all()
+            self._thaw()
             if self._at_rest():
                 return
             if number % 10 == 9:
@@ -150,16 +174,20 @@ class Run:
 
     def _run_all(self) -> None:
         for _ in range(10_000):
-            live = [actor for actor in self.world.actors if not actor.done]
+            live = self._live()
             if live:
                 self.rng.choice(live).go_on()
             elif self.world.messages:
                 self._work(self.world.messages.pop(self.rng.randrange(len(self.world.messages))))
             else:
                 return
-        raise Violation("actors run for ever: " + ", ".join(f"{a.name} at {a.at}" for a in self.world.actors if not a.done))
+        raise Violation(
+            "actors run for ever: " + ", ".join(f"{a.name} at {a.at}" for a in self.world.actors if not a.done)
+        )
 
     def _at_rest(self) -> bool:
+        if self._live():
+            return False
         return all(handle.status().is_terminal for handle in self.handles) and not observer.dispatch()
 
     def _pass_to_next(self) -> None:
@@ -184,7 +212,7 @@ class Run:
             return
         reason = flow.state_json.get("failure", {}).get("reason")
         given_up = reason in ("lost", "StepLost") or "StepLost" in str(flow.error_json)
-        if not (self.scenario.may_lose and given_up and self.world.crashes + self.world.expiries >= 4):
+        if not (self.scenario.may_lose and given_up and any(len(fences) >= 4 for fences in self.world.lost.values())):
             raise Violation(f"flow ended as {flow.status} ({reason}: {flow.error_json})")
 
 
@@ -195,12 +223,7 @@ def own_clock() -> Iterator[None]:
     def boottime() -> float:
         return World.current.boottime()
 
-    kept = drive_module.boottime, steps_module.boottime
-    drive_module.boottime = steps_module.boottime = boottime
-    try:
+    with ExitStack() as patches:
+        for module in (drive_module, steps_module):
+            patches.enter_context(patch.object(module, "boottime", boottime))
         yield
-    finally:
-        drive_module.boottime, steps_module.boottime = kept
-
-
-__all__ = ["START", "Run"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from celery_flows import FlowError, FlowHandle
@@ -40,21 +41,28 @@ def _quietly(action: Callable[[], object]) -> Callable[[], None]:
     return act
 
 
+def _pause_a_while(handle: FlowHandle[Any]) -> None:
+    flows.manager.pause(handle.id)
+    flows.manager.unpause(handle.id)
+
+
+ACTIONS: dict[str, Callable[[FlowHandle[Any]], object]] = {
+    "cancel": lambda handle: handle.cancel(),
+    "fail": lambda handle: flows.manager.fail(handle.id, "by hand"),
+    "hard cancel": lambda handle: flows.manager.cancel(handle.id),
+    "update": lambda handle: flows.manager.update_state(handle.id, {"seen": True}),
+    "resume": lambda handle: handle.resume(),
+    "pause": _pause_a_while,
+}
+
+
 def _with(action: str, *definitions: Any) -> Callable[[World], list[FlowHandle[Any]]]:
     """Starts flows, and has somebody do something to each of them at some time."""
 
     def begin(world: World) -> list[FlowHandle[Any]]:
         handles = [definition.start() for definition in definitions]
         for handle in handles:
-            acts = {
-                "cancel": lambda handle=handle: handle.cancel(),
-                "fail": lambda handle=handle: flows.manager.fail(handle.id, "by hand"),
-                "hard cancel": lambda handle=handle: flows.manager.cancel(handle.id),
-                "update": lambda handle=handle: flows.manager.update_state(handle.id, {"seen": True}),
-                "resume": lambda handle=handle: handle.resume(),
-                "pause": lambda handle=handle: (flows.manager.pause(handle.id), flows.manager.unpause(handle.id)),
-            }
-            world.spawn(action, _quietly(acts[action]), killable=action == "cancel")
+            world.spawn(action, _quietly(partial(ACTIONS[action], handle)), killable=action == "cancel")
         return handles
 
     return begin
@@ -64,7 +72,7 @@ def _emits(count: int, *definitions: Any) -> Callable[[World], list[FlowHandle[A
     def begin(world: World) -> list[FlowHandle[Any]]:
         handles = [definition.start() for definition in definitions]
         for number in range(count):
-            world.spawn(f"emitter-{number}", _quietly(lambda number=number: flows.emit("topic", "key", number)))
+            world.spawn(f"emitter-{number}", _quietly(partial(flows.emit, "topic", "key", number)))
         return handles
 
     return begin
@@ -104,7 +112,10 @@ SCENARIOS = [
     Scenario("pause", _with("pause", defined.gather), may_lose=True),
     Scenario("one event", _emits(1, defined.event), _emit_missing, may_lose=True, check=_each_event_once),
     Scenario("two events", _emits(2, defined.event), _emit_missing, may_lose=True, check=_each_event_once),
-    Scenario("two waiters", _emits(2, defined.event, defined.event), _emit_missing, may_lose=True, check=_each_event_once),
+    Scenario(
+        "two waiters",
+        _emits(2, defined.event, defined.event), _emit_missing, may_lose=True, check=_each_event_once,
+    ),
     Scenario("event or timeout", _emits(1, defined.event_timeout), may_lose=True, check=_each_event_once),
     Scenario(
         "two waiters, one may time out",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -23,8 +22,8 @@ from celery_flows.store.tables import metadata
 START = datetime(2030, 1, 1, tzinfo=UTC)
 
 
-class Violation(AssertionError):
-    """The simulation has found a state that must not be."""
+class Violation(BaseException):
+    """The simulation has found a state that must not be. No Exception, so that no step's failure hides it."""
 
 
 class Crash(BaseException):
@@ -40,9 +39,9 @@ class Actor:
     world: World
     killable: bool = True
     dead: bool = False
+    frozen: bool = False  # stopped, as by SIGSTOP: time passes, it does not notice
     token: str = ""
     claims: dict[str, int] = field(default_factory=dict)  # run id → fence, as this actor claimed it
-    recorded_starts: int = 0  # steps begun although they were recorded: at most one, and only by an overtaken worker
     at: str = "begin"
 
     def __post_init__(self) -> None:
@@ -81,8 +80,8 @@ class World:
         self.messages: list[Hint] = []
         self.log: list[str] = []
         self.effects: list[tuple[str, str]] = []  # run id or name, what
-        self.crashes = 0
-        self.expiries = 0
+        self.lost: dict[str, set[int]] = {}  # run id → fences whose holder died, or whose lease ended
+        self.not_before: dict[str, datetime] = {}  # run id → when its next attempt may begin
         World.current = self
 
     # ---- actors ----

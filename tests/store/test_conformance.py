@@ -139,6 +139,16 @@ def test_pages_cover_many_rows_once_each_even_where_times_are_equal(shell: Shell
     assert seen == sorted(flows, key=lambda flow: (flow.updated_at, flow.id))
 
 
+@pytest.mark.parametrize("status", list(FlowStatus))
+def test_a_change_moves_a_flow_to_the_end_of_its_status(shell: Shell, status: FlowStatus) -> None:
+    flows = [a_flow(status=status, updated_at=now() - n * DAY) for n in (3, 2, 1)]
+    for flow in flows:
+        shell.store.insert(flow)
+    shell.store.update_and_append(flows[0].but(goal="g"), "renamed", {})
+    listed = [flow.id for flow in shell.store.list_by_status(status)]
+    assert listed == [flows[1].id, flows[2].id, flows[0].id]
+
+
 # ---- changes of a flow ----------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from celery_flows.store import Flow, FlowNotFound, FlowStepStatus, InvalidData, StepRuntime
+from celery_flows.store import AlreadyTerminal, Flow, FlowNotFound, FlowStepStatus, InvalidData, StepRuntime
 from tests.support.fold import assert_whole
 from tests.support.samples import NAMES, UNSTORABLE
 from tests.support.shells import Shell
@@ -79,6 +79,22 @@ def test_an_observation_never_makes_a_flow(shell: Shell) -> None:
     with pytest.raises(FlowNotFound):
         shell.manager.record_step_observation(**unknown, status=FlowStepStatus.RUNNING)
     assert shell.store.get(unknown["flow_id"]) is None
+
+
+def test_a_flow_that_has_ended_gets_no_open_step(shell: Shell) -> None:
+    flow, seen = mirrored(shell)
+    shell.manager.record_step_observation(**seen, status=FlowStepStatus.RUNNING)
+    shell.manager.finish(flow.id)
+    (closed,) = shell.manager.list_steps(flow.id)
+    assert closed.status is FlowStepStatus.CANCELLED
+    late = {**seen, "run_id": "late"}
+    for status in OPEN:
+        with pytest.raises(AlreadyTerminal):
+            shell.manager.record_step_observation(**late, status=status)
+        assert shell.manager.record_step_observation(**seen, status=status) == closed
+    assert shell.manager.list_steps(flow.id) == [closed]
+    shell.manager.record_step_observation(**late, status=FlowStepStatus.SUCCEEDED)
+    assert_whole(shell.store, flow.id)
 
 
 def test_another_owners_flow_is_not_observed(shell: Shell) -> None:

@@ -179,25 +179,33 @@ def test_the_fence_only_grows(driving: Driving) -> None:
 
 def test_leases_are_renewed_and_released_by_token(driving: Driving) -> None:
     mine, other = driving.start(), driving.start()
-    driving.claimed(mine.id, "w1")
-    driving.claimed(other.id, "w2")
+    driving.claimed(mine.id, "w1/a")
+    driving.claimed(other.id, "w2/a")
     driving.pass_time(20)
     assert driving.store.run(dispatch.renew, ["w1", "nobody"], LEASE) == 1
     assert seconds_until_due(driving, mine.id) > 20
     assert seconds_until_due(driving, other.id) < 15
     assert driving.store.run(dispatch.release, ["w1"]) == 1
     row = driving.row(mine.id)
-    assert (row["worker"], row["crash_count"], row["publish_count"]) == (None, 1, 0)
-    assert driving.row(other.id)["worker"] == "w2"
+    assert (row["worker"], row["crash_count"], row["publish_count"]) == (None, 1, 1)
+    assert driving.row(other.id)["worker"] == "w2/a"
     assert driving.claimed(mine.id, "w3").crash_count == 1
     assert driving.store.run(dispatch.renew, [], LEASE) == 0
 
 
+def test_a_token_is_no_prefix_of_anothers(driving: Driving) -> None:
+    flow = driving.start()
+    driving.claimed(flow.id, "node-1/a")
+    for token in ("node", "node-", "node_1", "node-%", "%"):
+        assert driving.store.run(dispatch.release, [token]) == 0
+    assert driving.row(flow.id)["worker"] == "node-1/a"
+
+
 def test_a_late_release_after_a_takeover_changes_nothing(driving: Driving) -> None:
     flow = driving.start()
-    driving.claimed(flow.id, "dead")
+    driving.claimed(flow.id, "dead/a")
     driving.pass_time(LEASE + 1)
-    driving.claimed(flow.id, "w2")
+    driving.claimed(flow.id, "w2/a")
     before = driving.row(flow.id)
     assert driving.store.run(dispatch.release, ["dead"]) == 0
     assert driving.store.run(dispatch.renew, ["dead"], LEASE) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from celery_flows.store import FlowManager, FlowStatus, FlowStepStatus, LeaseLost, SqlFlowStore, dispatch
+from celery_flows.store import FlowManager, FlowStatus, FlowStepStatus, InvalidData, LeaseLost, SqlFlowStore, dispatch
 from celery_flows.store.changes import Completion, Holder
 from tests.support.driving import LEASE, Driving
 from tests.support.fold import assert_whole
@@ -160,6 +160,16 @@ def test_a_completion_whose_reply_was_lost_is_found(driving: Driving) -> None:
     completed = driving.store.run(dispatch.complete_step, outcome)
     assert completed is not None
     assert driving.store.run(dispatch.find_completion, outcome) == completed
+
+
+def test_a_step_that_workers_run_cannot_be_observed_by_hand(driving: Driving, store: SqlFlowStore) -> None:
+    flow, (run_id,) = driving.gathering(1)
+    before = store.list_steps(flow.id)
+    seen = FlowManager(store).record_step_observation
+    with pytest.raises(InvalidData):
+        seen(flow_id=flow.id, run_id=run_id, task="charge", status=FlowStepStatus.SUCCEEDED)
+    assert store.list_steps(flow.id) == before
+    assert driving.work(run_id).woke
 
 
 # ---- retries --------------------------------------------------------------------------------------------------------

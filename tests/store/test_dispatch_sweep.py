@@ -108,15 +108,6 @@ def test_a_retry_forgets_the_crashes(driving: Driving) -> None:
 # ---- poison ---------------------------------------------------------------------------------------------------------
 
 
-def lost(driving: Driving) -> tuple[object, int]:
-    """A flow whose driver has just died; its id and the fence it was swept at."""
-    flow = driving.start()
-    driving.claimed(flow.id)
-    driving.pass_time(LEASE + 1)
-    (swept,) = driving.sweep()
-    return flow.id, swept.fence
-
-
 def test_a_driver_that_died_too_often_fails_its_flow(driving: Driving, store: SqlFlowStore) -> None:
     flow = driving.start()
     driving.record(driving.claimed(flow.id))
@@ -139,8 +130,10 @@ def test_a_flow_that_was_claimed_meanwhile_is_not_failed(driving: Driving, store
     driving.claimed(flow.id)
     driving.pass_time(LEASE + 1)
     (swept,) = driving.sweep()
-    driving.claimed(flow.id, "w2")
+    claim = driving.claimed(flow.id, "w2")
     assert not store.run(dispatch.fail_lost, flow.id, swept.fence)
+    assert driving.park(claim) is False
+    assert not store.run(dispatch.fail_lost, flow.id, swept.fence), "nobody holds it, but it lives"
     assert store.list_by_status(FlowStatus.RUNNING) != []
 
 

@@ -166,14 +166,24 @@ class Lifecycle(RuleBasedStateMachine):
         result=st.none() | st.integers(),
     )
     def observe(self, flow_id: UUID, run_id: str, status: FlowStepStatus, key: str | None, result: Any) -> None:
+        seen: dict[str, Any] = {
+            "flow_id": flow_id,
+            "run_id": run_id,
+            "task": "t",
+            "child_session_key": key,
+            "result_json": result,
+        }
+        ended = self.models[flow_id].status in TERMINAL
+        if ended and (flow_id, run_id) not in self.steps and not status.is_terminal:
+            with pytest.raises(AlreadyTerminal):
+                self.manager.record_step_observation(**seen, status=status)
+            return
         known = self.steps.setdefault((flow_id, run_id), {"status": "pending", "key": None, "result": None})
         if known["status"] in OPEN_STEP:
             known["status"] = status.value
             known["key"] = known["key"] if key is None else key
             known["result"] = known["result"] if result is None else result
-        step = self.manager.record_step_observation(
-            flow_id=flow_id, run_id=run_id, task="t", status=status, child_session_key=key, result_json=result
-        )
+        step = self.manager.record_step_observation(**seen, status=status)
         assert {"status": step.status.value, "key": step.child_session_key, "result": step.result_json} == known
 
     @rule(flow_id=flows)

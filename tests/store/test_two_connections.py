@@ -156,7 +156,7 @@ def test_standing_never_pairs_a_fresh_revision_with_an_old_fence(sessions: Sessi
 def test_a_late_release_that_waited_for_a_takeover_changes_nothing(sessions: Sessions, driving: Driving) -> None:
     """It skips what others hold and matches its own token, so it takes nobody's lease."""
     flow = driving.start()
-    driving.claimed(flow.id, "dead")
+    driving.claimed(flow.id, "dead/a")
     driving.pass_time(LEASE + 1)
     with sessions.transaction() as taker:
         assert dispatch.claim_drive(taker, flow.id, "w2", LEASE) is not None
@@ -256,7 +256,7 @@ def test_many_claims_cancels_and_completions_never_deadlock(sessions: Sessions, 
             return operation(connection, *args)
 
     def work(run_id: str) -> None:
-        claim = once(dispatch.claim_step, run_id, "s1", LEASE)
+        claim = once(dispatch.claim_step, run_id, "s1/a", LEASE)
         if claim is not None:
             once(dispatch.complete_step, Completion(claim.holder, claim.flow_id, FlowStepStatus.SUCCEEDED, "1"))
 
@@ -266,7 +266,7 @@ def test_many_claims_cancels_and_completions_never_deadlock(sessions: Sessions, 
             [
                 *[partial(work, run_id) for run_id in run_ids],
                 partial(once, op.update_locked, flow.id, transitions.request_cancel),
-                partial(once, dispatch.claim_drive, flow.id, "w2", LEASE),
+                partial(once, dispatch.claim_drive, flow.id, "w2/a", LEASE),
                 partial(once, dispatch.sweep_due, 100, 10.0, 300.0),
                 partial(once, dispatch.renew, ["s1", "w2"], LEASE),
                 partial(once, op.update_locked, flow.id, transitions.cancel),

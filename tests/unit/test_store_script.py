@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
-from celery_flows.store import StoreError
-from celery_flows.store.script import RECONNECTS, TRIES, Call, Pause, attempts, translated
+from celery_flows.store import RevisionMismatch, StoreError
+from celery_flows.store.models import new_id
+from celery_flows.store.script import TRIES, Call, Pause, attempts, translated
 
 
 class DriverError(Exception):
@@ -26,7 +28,8 @@ def said(text: str, sqlstate: str | None = None, kind: type[DBAPIError] = Operat
 
 DEADLOCK = said("deadlock detected", "40P01")
 SERIALIZATION = said("could not serialize access", "40001")
-BUSY = said("database is locked")
+BUSY = OperationalError("UPDATE secret", {}, sqlite3.OperationalError("database is locked"))
+LOCKED = said("canceling statement due to lock timeout", "55P03")
 LOST = said("terminating connection due to administrator command", "57P01")
 TIMEOUT = said("canceling statement due to statement timeout", "57014")
 WRITE, LOOK = Call(lambda: None), Call(lambda: None)
@@ -34,22 +37,24 @@ WRITE, LOOK = Call(lambda: None), Call(lambda: None)
 
 def play(answers: Iterable[Any], **more: Any) -> tuple[Any, list[Call]]:
     """Plays the script with these answers; gives what it returned and the calls it made."""
-    script, calls, waiting = attempts(WRITE, **more), [], iter(answers)
+    script, calls, waiting, paused = attempts(WRITE, **more), [], iter(answers), 0.0
     step = next(script)
     try:
         while True:
             if isinstance(step, Pause):
+                paused += step.seconds
                 assert 0 <= step.seconds <= 1
+                assert paused < 8, "it does not try for ever"
                 step = script.send(None)
                 continue
             calls.append(step)
-            answer = next(waiting)
+            answer = next(waiting, AssertionError("it asked once more"))
             step = script.throw(answer) if isinstance(answer, Exception) else script.send(answer)
     except StopIteration as end:
         return end.value, calls
 
 
-@pytest.mark.parametrize("conflict", [DEADLOCK, SERIALIZATION, BUSY], ids=["deadlock", "serialization", "busy"])
+@pytest.mark.parametrize("conflict", [DEADLOCK, SERIALIZATION, BUSY, LOCKED], ids=["deadlock", "40001", "busy", "held"])
 def test_a_conflict_is_tried_again_as_a_whole(conflict: DBAPIError) -> None:
     assert play([conflict] * TRIES + ["done"]) == ("done", [WRITE] * (TRIES + 1))
     with pytest.raises(StoreError) as caught:
@@ -64,9 +69,25 @@ def test_after_a_lost_reply_it_looks_before_it_tries_again() -> None:
     assert play([DEADLOCK, "done"], settled=LOOK) == ("done", [WRITE, WRITE]), "a deadlock wrote nothing"
 
 
-def test_a_lost_connection_is_given_up_after_some_tries() -> None:
+def test_a_refusal_after_a_lost_reply_may_be_by_ones_own_write() -> None:
+    refused = RevisionMismatch(new_id(), 1, 2)
+    assert play([LOST, None, refused, "found"], settled=LOOK) == ("found", [WRITE, LOOK, WRITE, LOOK])
+    with pytest.raises(RevisionMismatch):
+        play([LOST, None, refused, None], settled=LOOK)
+    with pytest.raises(RevisionMismatch):
+        play([refused], settled=LOOK)
+
+
+def test_a_held_lock_may_be_left_to_others_at_once() -> None:
+    with pytest.raises(StoreError):
+        play([LOCKED], waits_for_locks=False)
+
+
+def test_a_lost_connection_is_given_up_when_patience_ends() -> None:
     with pytest.raises(StoreError, match="could not be reached"):
-        play([LOST] * (RECONNECTS + 1))
+        play([LOST] * 1000)
+    with pytest.raises(StoreError):
+        play([LOST], patience=0.0)
 
 
 def test_a_repeated_claim_is_told_that_it_is_one() -> None:
