@@ -176,7 +176,7 @@ def renew(conn: Connection, workers: Sequence[str], lease_seconds: float) -> int
 
 @writes
 def release(conn: Connection, workers: Sequence[str]) -> int:
-    """Ends the leases of these tokens at once, their processes being dead: each counts as a crash, and is due now, to be
+    """Ends the leases of these tokens at once, their processes being dead. Each counts as a crash and is due now, to be
     published or, after too many crashes, given up, as if a sweep had found it."""
     return _update_of(conn, workers, worker=None, crash_count=_d.crash_count + 1, publish_count=1, due_at=now(conn))
 

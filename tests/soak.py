@@ -19,9 +19,9 @@ from typing import Any
 from uuid import UUID
 
 import click
+
 from celery_flows import FlowHandle, FlowStatus, SqlFlowStore
 from celery_flows.worker.embedded import Processes, await_fact, start_broker
-
 from tests.support.effects import EffectLog
 from tests.support.fold import assert_whole
 
@@ -127,7 +127,8 @@ class Soak:
 
     def _flush(self) -> None:
         with self.flows.app.connection_for_write() as connection:
-            lost = connection.default_channel.queue_purge("soak")
+            channel: Any = connection.default_channel
+            lost = channel.queue_purge("soak")
         self.struck["messages lost"] += lost
 
     def _emit(self) -> None:

@@ -25,14 +25,9 @@ from celery_flows.tasks import maintenance
 from celery_flows.tasks.errors import FlowFailed, UnknownFlow
 from celery_flows.worker import output
 from celery_flows.worker.flows import Flows
+from celery_flows.worker.lifecycle import Refused
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Refused(click.ClickException):
-    """The command was wrong: one sentence, exit code 2."""
-
-    exit_code = 2
 
 
 @click.group(name="flow")
@@ -142,7 +137,6 @@ def start(
     flows: Flows, name: str, input: Any, key: str | None, owner: str, goal: str, wait: float | None, as_json: bool
 ) -> None:
     """Starts the flow NAME with INPUT (JSON), and prints its id."""
-    flows.runtime.import_definitions()
     handle = flows.runtime.registry.require(name).start(input, key=key, owner=owner, goal=goal)
     if wait is None:
         output.show_json({"id": handle.id}) if as_json else click.echo(handle.id)

@@ -6,12 +6,12 @@ import logging
 import random
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from celery import Celery, bootsteps, signals
 
-from celery_flows.store import FlowError
+from celery_flows.store import FlowError, InvalidData
 from celery_flows.tasks.maintenance import sweep
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.worker.guard import guard_tasks
@@ -19,13 +19,37 @@ from celery_flows.worker.leases import Leases
 
 log = logging.getLogger("celery_flows.worker")
 
+T = TypeVar("T")
+
 STOP_SECONDS = 5.0
 LOOK_SECONDS = 1.0  # how soon a dead child is noticed
 
 
 def install(app: Celery, runtime: Runtime) -> None:
-    """Adds our step to the app's worker blueprint: it lives as long as the worker, through broker reconnects."""
+    """Has the app's programs import the flow definitions that ``flow_imports`` names, and adds our step to its worker's
+    blueprint: that lives as long as the worker, through broker reconnects."""
     app.steps["worker"].add(type("FlowsStep", (WorkerStep,), {"runtime": runtime}))
+    signals.import_modules.connect(lambda **_: refuse_or(runtime.import_definitions), sender=app, weak=False)
+
+
+class Refused(click.ClickException):
+    """The command or its configuration is wrong: one sentence, exit code 2."""
+
+    exit_code = 2
+
+
+def refuse_or(action: Callable[[], T]) -> T:
+    """Does something at the start of a program.
+
+    Raises:
+        click.ClickException: one sentence, in place of any :class:`FlowError`.
+    """
+    try:
+        return action()
+    except InvalidData as error:
+        raise Refused(str(error)) from error
+    except FlowError as error:
+        raise click.ClickException(str(error)) from error
 
 
 class WorkerStep(bootsteps.StartStopStep):
@@ -36,7 +60,7 @@ class WorkerStep(bootsteps.StartStopStep):
 
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
-        check_ready(self.runtime)
+        refuse_or(lambda: self.runtime.store)
         guard_tasks(self.runtime.app)
         self._tickers: list[Ticker] = []
 
@@ -58,19 +82,6 @@ class WorkerStep(bootsteps.StartStopStep):
     def _end(self, **_: Any) -> None:
         for ticker in self._tickers:
             ticker.stop()
-
-
-def check_ready(runtime: Runtime) -> None:
-    """Says nothing if settings, flow definitions, database and schema are right.
-
-    Raises:
-        click.ClickException: with one sentence that says what is not.
-    """
-    try:
-        runtime.import_definitions()
-        _ = runtime.store
-    except FlowError as error:
-        raise click.ClickException(str(error)) from error
 
 
 class Ticker(threading.Thread):

@@ -7,8 +7,8 @@ import time
 from datetime import timedelta
 
 from celery import Celery
-from celery_flows import Flows, Run
 
+from celery_flows import Flows, Run
 from tests.support.effects import EffectLog
 
 EFFECT_LOG = "SOAK_EFFECT_LOG"
