@@ -68,7 +68,6 @@ def retried(self: Any, flow_id: str) -> int:
         raise Violation("(7) an attempt begins before its backoff has passed")
     effect(flow_id, "retried", run_id=self.request.id)
     if self.request.retries < 1:
-        world.not_before[self.request.id] = world.clock + timedelta(seconds=RETRY_SECONDS)
         raise self.retry(countdown=RETRY_SECONDS, exc=RuntimeError("not yet"))
     return int(self.request.retries)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Any
 
 from celery_flows.store.script import Call
@@ -55,6 +56,7 @@ class Observer:
         if actor is not None and not failed:
             self._check_claim(actor, step, before, answer)
             self._check_holder(actor, step, before, answer)
+            self._note_backoff(step, answer)
         self._check_growth(before, now)
         self._check_flows(now)
         self._check_steps()
@@ -74,6 +76,11 @@ class Observer:
         if not due and not published:
             raise Violation(f"(7) {actor.name} claimed {short(run_id)} before its time: {row}")
         actor.claims[run_id] = answer.holder.fence
+
+    def _note_backoff(self, step: Call, answer: Any) -> None:
+        if step.operation.__name__ == "retry_step" and answer:
+            holder, _, _, delay, _ = step.args
+            World.current.not_before[holder.run_id] = World.current.clock + timedelta(seconds=delay)
 
     # (6) nothing is written by a holder who is not the row's
     def _check_holder(self, actor: Actor, step: Call, before: dict[str, Any], answer: Any) -> None:
@@ -203,13 +210,14 @@ class Observer:
         """A step's body begins: is it recorded already? Is a member leased beside cleanup?"""
         flow = flow_id.replace("-", "")
         recorded = self.rows(
-            "SELECT 1 FROM flow_steps WHERE flow_id = ? AND run_id = ? AND status NOT IN ('pending', 'running')",
+            "SELECT 1 FROM flow_steps WHERE flow_id = ? AND run_id = ? AND status IN ('succeeded', 'failed')",
             flow,
             run_id,
         )
         rows = self.dispatch()
         if recorded and actor is not None:
-            # An overtaken worker could, in the instant between the look at its lease and the call: no stop here.
+            # One that was cancelled by hand after its claim may still begin: it has no result to lose. And an
+            # overtaken worker could, in the instant between the look at its lease and the call: no stop here.
             raise Violation(f"(8) {actor.name} begins a recorded step")
         if cleanup and any(
             r["flow_id"] == flow and r["kind"] == "step" and r["worker"] is not None for r in rows.values()
