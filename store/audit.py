@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from celery_flows.store.fold import FLOW_FIELDS, STEP_FIELDS, Fold, differing
-from celery_flows.store.models import TERMINAL, Flow, FlowEvent, FlowStep
+from celery_flows.store.models import TERMINAL, Flow, FlowEvent, FlowStatus, FlowStep
 from celery_flows.store.operations import get_flow, reads, reads_snapshot
 from celery_flows.store.tables import (
     EVENT_COLUMNS,
@@ -52,7 +52,7 @@ KINDS = {
     "step_missing": "events tell of a step that is not there",
     "open_step": "a step is open although the flow has ended",
     "dispatch": "the flow has ended and still has dispatch rows",
-    "undriven": "the flow is open and was driven, but nothing would drive it on",
+    "undriven": "the flow is open, and nothing would drive it on",
     "orphan": "rows that belong to no flow",
 }
 
@@ -134,7 +134,7 @@ def take_snapshot(conn: Connection, flow_id: UUID) -> Snapshot | None:
     fold, was_driven = Fold(), False
     for event in _events(conn, flow_id):
         fold.add(event)
-        was_driven = was_driven or (event.revision is not None and "fence" in event.payload_json)
+        was_driven = was_driven or (event.kind == "created" and event.payload_json.get("driven") is True)
     return Snapshot(
         flow=flow,
         fold=fold,
@@ -181,7 +181,8 @@ def findings(snapshot: Snapshot) -> Iterator[Finding]:
     yield from _step_findings(snapshot, found)
     if flow.status in TERMINAL and snapshot.dispatch:
         yield found("dispatch", ", ".join(sorted(snapshot.dispatch)))
-    if flow.status not in TERMINAL and snapshot.was_driven and str(flow.id) not in snapshot.dispatch:
+    called = flow.status is FlowStatus.WAITING or (snapshot.was_driven and flow.status not in TERMINAL)
+    if called and str(flow.id) not in snapshot.dispatch:
         yield found("undriven", "its drive row is missing")
 
 

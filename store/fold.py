@@ -6,7 +6,7 @@ nothing is read from the order between the two.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -15,6 +15,14 @@ from celery_flows.store.models import TERMINAL, Flow, FlowEvent, FlowStep
 
 FLOW_FIELDS = tuple(name for name in Flow.model_fields if name not in ("id", "revision"))
 STEP_FIELDS = tuple(name for name in FlowStep.model_fields if name != "flow_id")
+
+# Whoever appends an event of another kind may say "step" and mean anything.
+TELL_OF_STEPS = frozenset(
+    {
+        "step_scheduled", "step_started", "step_succeeded", "step_failed", "step_retrying", "step_cancelled",
+        "step_observed", "waiting", "resumed",
+    }
+)  # fmt: skip
 
 
 @dataclass
@@ -30,7 +38,8 @@ class Fold:
         """Takes one event in."""
         if event.revision is not None:
             self._add_flow(event, event.revision)
-        if "step" in event.payload_json and "run_id" in event.payload_json:
+        told = event.payload_json
+        if event.kind in TELL_OF_STEPS and "run_id" in told and isinstance(told.get("step"), Mapping):
             self._add_step(event)
 
     def add_all(self, events: Iterable[FlowEvent]) -> Fold:
@@ -42,7 +51,7 @@ class Fold:
     def _add_flow(self, event: FlowEvent, revision: int) -> None:
         self.revisions.append(revision)
         told = event.payload_json.get("set")
-        if told is None:
+        if not isinstance(told, Mapping):
             self.untold.append(revision)
             return
         if not self.flow:

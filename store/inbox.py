@@ -163,7 +163,7 @@ def settle_wait(conn: Connection, flow_id: UUID, at: datetime | None = None) -> 
 
 
 @writes
-def resume_by_hand(conn: Connection, flow_id: UUID, payload: dict[str, Any] | None) -> Flow:
+def resume_by_hand(conn: Connection, flow_id: UUID, payload: dict[str, Any] | None, write_id: UUID) -> Flow:
     """Resumes a waiting flow in somebody's name: a driven flow's wait ends with ``payload``, into any other's state it
     is merged.
 
@@ -177,7 +177,7 @@ def resume_by_hand(conn: Connection, flow_id: UUID, payload: dict[str, Any] | No
     transition = transitions.resume(flow, payload)
     driven = flow.wait_json is not None and "run_id" in flow.wait_json
     change = resumption(conn, flow, {}, payload) if driven else change_of(flow, transition, drive=Wake())
-    return change_flow(conn, change)[0]
+    return change_flow(conn, replace(change, write_id=write_id))[0]
 
 
 @reads

@@ -102,7 +102,8 @@ def find_inserted(conn: Connection, flow: Flow) -> bool | None:
 @writes_once
 def create_flow(conn: Connection, flow: Flow, payload: dict[str, Any], drive: Drive | None = None) -> bool:
     """Inserts the flow, its ``created`` event and, if it is driven, its drive row. False: id or key are taken."""
-    told = encode_json("payload", {**payload, "set": created_columns(flow)})
+    driven = {} if drive is None else {"driven": True}  # an audit must know whose drive row is missing
+    told = encode_json("payload", {**payload, **driven, "set": created_columns(flow)})
     at = dialect(conn).create(conn, flow, "created", told, wait_key(flow.wait_json), drive)
     return at is not None
 

@@ -87,8 +87,9 @@ def attempts(
                 raise
             return found
         else:
-            if answer is None and in_doubt and settled is not None:
-                answer = yield from attempts(settled)
+            if in_doubt and settled is not None and (answer is None or answer is False):  # refused: by our own write?
+                found = yield from attempts(settled)
+                return answer if found is None else found
             return answer
         yield Pause(pause)
         if in_doubt and settled is not None:
@@ -124,7 +125,7 @@ def is_lost(error: SQLAlchemyError) -> bool:
 def translated(error: SQLAlchemyError) -> StoreError:
     """The one place where drivers' errors become ours. Parameters stay out of all texts: they may be secret."""
     if isinstance(error, DBAPIError):
-        error.hide_parameters = True  # the cause is printed with every traceback
+        _hide_values(error)
     if isinstance(error, IntegrityError):
         return StoreError(f"the database refused a row: {first_line(error)}")
     if is_lost(error) or isinstance(error, OperationalError):
@@ -135,6 +136,15 @@ def translated(error: SQLAlchemyError) -> StoreError:
     if not isinstance(error, DBAPIError):
         return StoreError(f"the database cannot be used: {first_line(error)}")
     return StoreError(f"the database refused a statement: {first_line(error)}")
+
+
+def _hide_values(error: DBAPIError) -> None:
+    """The causes are printed with every traceback, and PostgreSQL's details repeat the row that it refuses."""
+    error.hide_parameters = True
+    said = first_line(error)
+    error.args = (f"({type(error.orig).__name__}) {said}",)
+    if error.orig is not None:
+        error.orig.args = (said,)
 
 
 def first_line(error: SQLAlchemyError) -> str:

@@ -80,12 +80,12 @@ class Driver:
         self._claim = claim
         self._holder = claim.holder
         self._revision = claim.flow.revision
-        self._status = claim.flow.status
         self._state: Mapping[str, Any] = claim.flow.state_json
         self._cancel_requested = claim.flow.cancel_requested
         self._paused = False
         self._crashed = claim.crash_count > 0
         self._over = False  # nothing more may be done under this claim
+        self._interruption: BaseException | None = None  # what a step raised that ends more than the step
         self._due_again = False
         self._lease_until = asked_at + runtime.settings.lease_seconds
         self._claimed_at = boottime()
@@ -106,7 +106,9 @@ class Driver:
         try:
             self._run(definition)
         except Suspended:
-            pass
+            if (error := self._interruption) is not None:  # the function caught it, or went on all the same
+                let_go(self.runtime, self._holder, error)
+                raise error from None
         except LeaseLost as lost:
             log.info("%s", lost)
         except BaseException as error:
@@ -214,6 +216,10 @@ class Driver:
         self._drain()
         with self._unwinding():
             self._read_history()
+
+    def interrupt(self, error: BaseException) -> None:
+        """A step raised what ends its process, or was meant to: the claim is over, and ends with just that."""
+        self._over, self._interruption = True, error
 
     def check_lease(self) -> None:
         """Renews the lease if it may have ended, by this process's own clock; before every step that runs here."""

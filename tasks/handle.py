@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 
 from celery_flows.store import Flow, FlowManager, FlowStatus, dispatch, inbox
+from celery_flows.store import operations as op
+from celery_flows.store.models import new_id
+from celery_flows.store.script import Call
 from celery_flows.tasks.errors import FlowCancelled, FlowFailed, ResultTimedOut
 from celery_flows.tasks.transaction import Transaction, after_commit, transaction_of
 
@@ -103,7 +106,10 @@ class FlowHandle(Generic[Out]):
             IllegalTransition: it does not wait.
             FlowNotFound: as :meth:`get`.
         """
-        call(self._runtime, self.id, lambda _: self._runtime.store.run(inbox.resume_by_hand, self.id, payload), None)
+        write_id = new_id()
+        resumed = Call(inbox.resume_by_hand, (self.id, payload, write_id))
+        settled = Call(op.find_locked, (self.id, write_id))
+        call(self._runtime, self.id, lambda _: self._runtime.store.attempt(resumed, settled=settled), None)
 
 
 def call(

@@ -131,6 +131,9 @@ class Run:
             self._inside = None
             self._record(run_id, name, FlowStepStatus.FAILED, position, began, error=describe(error))
             raise StepFailed(name, **describe(error)) from error
+        except BaseException as error:  # it ends more than the step: whatever the flow does about it, nothing follows
+            self._driver.interrupt(error)
+            raise
         self._record(run_id, name, FlowStepStatus.SUCCEEDED, position, began, result=result)
         return codec.decode(f"result of step {name}", read_back(result))
 
@@ -164,7 +167,8 @@ class Run:
             return
         self._new_step()
         at = until() if known is None else datetime.fromisoformat(known.args_json["at"])
-        self._driver.check_horizon(at)
+        if known is None:
+            self._driver.check_horizon(at)
         step = self._wait_step(run_id, "sleep", position, {"at": at.isoformat()}, known)
         if self._driver.now() >= at:
             self._driver.record(_closed(step, FlowStepStatus.SUCCEEDED), current_step="sleep")

@@ -499,6 +499,48 @@ def test_nothing_that_was_refused_left_anything_behind(refused: Refused) -> None
     assert tables == []
 
 
+# verify
+
+
+def test_verify_says_nothing_is_wrong_and_exits_with_0(project: Project, store: SqlFlowStore) -> None:
+    flow_id = a_flow(FlowManager(store))
+    project.done("start", "shop/hello")
+
+    assert project.done("verify") == "2 flows, 0 findings\n"
+    assert project.done("verify", str(flow_id)) == "1 flows, 0 findings\n"
+    assert json.loads(project.done("verify", "--json")) == {"flows": 2, "findings": []}
+
+
+def test_verify_names_what_is_wrong_and_exits_with_1(project: Project, store: SqlFlowStore) -> None:
+    manager = FlowManager(store)
+    whole, forged = a_flow(manager), a_flow(manager)
+    with store.engine.begin() as connection:
+        connection.execute(sa.update(flows).where(flows.c.id == forged).values(goal="hunter2"))
+
+    told, as_json = project.flow("verify"), project.flow("verify", "--json")
+
+    assert (told.returncode, as_json.returncode) == (1, 1)
+    assert told.stdout == f"{forged}: the row differs from its events: goal\n2 flows, 1 findings\n"
+    finding = {"flow_id": str(forged), "kind": "flow", "about": "goal"}
+    assert json.loads(as_json.stdout) == {"flows": 2, "findings": [finding]}
+    assert "Traceback" not in told.stderr + as_json.stderr
+    assert "hunter2" not in told.stdout + as_json.stdout
+    assert project.flow("verify", str(whole)).returncode == 0
+
+
+def test_verify_since_looks_only_at_what_has_changed_since_then(project: Project, store: SqlFlowStore) -> None:
+    forged = a_flow(FlowManager(store))
+    a_flow(FlowManager(store))
+    with store.engine.begin() as connection:
+        values = {"goal": "forged", "updated_at": datetime(2020, 1, 1, tzinfo=UTC)}
+        connection.execute(sa.update(flows).where(flows.c.id == forged).values(values))
+
+    assert project.done("verify", "--since", "2021-01-01") == "1 flows, 0 findings\n"
+    assert project.flow("verify", "--since", "2019-12-31T23:59:59").returncode == 1
+    assert project.flow("verify", "--since", "yesterday").returncode == 2
+    assert project.flow("verify", "42").returncode == 2
+
+
 # help
 
 

@@ -116,3 +116,20 @@ def test_arguments_that_cannot_be_json_are_refused_without_repeating_them(app: C
 def test_arguments_over_the_limit_are_refused(app: Celery) -> None:
     with pytest.raises(InvalidData, match=r"is \d+ bytes of JSON; 1000 are allowed"):
         member(app, app.tasks["plain"].s("x" * 1000))
+
+
+@pytest.mark.parametrize("priority", [-1, 256, "5", 1.5, float("nan")])
+def test_a_priority_that_no_broker_takes_is_refused(app: Celery, priority: Any) -> None:
+    with pytest.raises(InvalidData, match="step plain: has a priority that is no number from 0 to 255"):
+        member(app, app.tasks["plain"].s().set(priority=priority))
+
+
+@pytest.mark.parametrize("priority", [None, 0, 255])
+def test_a_priority_that_brokers_take_is_kept(app: Celery, priority: Any) -> None:
+    assert member(app, app.tasks["plain"].s().set(priority=priority)).priority == priority
+
+
+@pytest.mark.parametrize("queue", ["x" * 201, "a\0b", "\ud800", "  "], ids=["long", "NUL", "surrogate", "blank"])
+def test_a_queue_that_no_broker_takes_is_refused(app: Celery, queue: str) -> None:
+    with pytest.raises(InvalidData, match="queue of step plain"):
+        member(app, app.tasks["plain"].s().set(queue=queue))
