@@ -60,6 +60,21 @@ def _claimed(runtime: Runtime, flow_id: UUID, worker: str) -> Driver | None:
     return None if claim is None else Driver(runtime, claim, asked_at)
 
 
+def surely_held(runtime: Runtime, holder: Holder, until: float) -> float:
+    """Renews a lease that may have ended, by this process's own clock, and gives until when it surely runs.
+
+    It looks again after renewing: that may have taken longer than a lease itself, if the process was stopped meanwhile.
+
+    Raises:
+        LeaseLost: another worker has taken over.
+    """
+    while (asked_at := boottime()) >= until:
+        if not runtime.store.run(dispatch.renew_own, holder, runtime.settings.lease_seconds):
+            raise LeaseLost(holder.run_id)
+        until = asked_at + runtime.settings.lease_seconds
+    return until
+
+
 def let_go(runtime: Runtime, holder: Holder, error: BaseException) -> None:
     """Gives up a lease because of an exception that ends more than the work: unharmed if this process was told to stop
     or the store is out of reach; as a crash if the work itself wanted to end the process."""
@@ -222,14 +237,9 @@ class Driver:
         self._over, self._interruption = True, error
 
     def check_lease(self) -> None:
-        """Renews the lease if it may have ended, by this process's own clock; before every step that runs here."""
-        if boottime() < self._lease_until:
-            return
-        asked_at, lease = boottime(), self.runtime.settings.lease_seconds
+        """Renews the lease if it may have ended; before every step that runs here."""
         with self._unwinding():
-            if not self.runtime.store.run(dispatch.renew_own, self._holder, lease):
-                raise LeaseLost(self._holder.run_id)
-        self._lease_until = asked_at + lease
+            self._lease_until = surely_held(self.runtime, self._holder, self._lease_until)
 
     def record(self, step: StepWrite, *, current_step: str) -> None:
         """Writes a step's outcome; it has committed when this returns."""

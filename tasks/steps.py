@@ -14,12 +14,12 @@ from celery._state import _task_stack  # type: ignore[attr-defined]
 from celery.app.trace import task_has_custom
 from celery.exceptions import Ignore, Reject, Retry
 
-from celery_flows.store import FlowStepStatus, InvalidData, dispatch
+from celery_flows.store import FlowStepStatus, InvalidData, LeaseLost, dispatch
 from celery_flows.store.changes import Completion
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import StepClaim
 from celery_flows.store.script import Call
-from celery_flows.tasks.drive import UNKNOWN_PAUSE_SECONDS, drive, let_go
+from celery_flows.tasks.drive import UNKNOWN_PAUSE_SECONDS, drive, let_go, surely_held
 from celery_flows.tasks.payloads import describe, result_codec
 from celery_flows.tasks.runtime import Runtime, claim_token
 
@@ -49,8 +49,10 @@ def run_step(runtime: Runtime, run_id: str, delivery: Delivery) -> None:
         log.error("no task %r here; step %s waits for a worker that has it", claim.task, run_id)
         runtime.store.run(dispatch.hand_back, claim.holder, UNKNOWN_PAUSE_SECONDS)
         return
-    # A claim that took longer than the lease may have been overtaken while we were stopped.
-    if boottime() >= asked_at + lease and not runtime.store.run(dispatch.renew_own, claim.holder, lease):
+    try:
+        surely_held(runtime, claim.holder, asked_at + lease)  # the claim may have taken longer than a lease itself
+    except LeaseLost as lost:
+        log.info("%s", lost)
         return
     _settle(runtime, claim, _attempt(runtime, claim, task, delivery), delivery)
 

@@ -10,7 +10,6 @@ import pytest
 from celery_flows import FlowStatus, FlowStepStatus, Run
 from celery_flows.store import clock
 from celery_flows.tasks import drive as driving
-from celery_flows.tasks import steps as stepping
 from celery_flows.tasks.emit import hand_over
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
@@ -270,7 +269,7 @@ def test_a_step_whose_claim_took_longer_than_the_lease_makes_sure_of_it(
     def stopped_after(*args: Any, **kwargs: Any) -> Any:
         claim = claiming(*args, **kwargs)
         fresh.recover()
-        monkeypatch.setattr(stepping, "boottime", lambda: clock.boottime() + 3600)
+        monkeypatch.setattr(driving, "boottime", lambda: clock.boottime() + 3600)
         return claim
 
     monkeypatch.setattr(bench.store, "attempt", stopped_after)

@@ -84,11 +84,6 @@ def _keep_revision(conn: Connection, before: Any, answer: Any, flow_id: Any, *_:
         conn.execute(sa.update(flows).where(flows.c.id == flow_id).values(revision=flows.c.revision - 1))
 
 
-def _overwrite_open_members(conn: Connection, before: Any, answer: Any, what: Change, park: Park, *_: Any) -> None:
-    if park.join is not None:
-        _set(conn, _d.run_id == str(what.flow_id), open_members=len(what.members))
-
-
 def _undo_drain(conn: Connection, before: Any, answer: Any, flow_id: Any, *_: Any) -> None:
     was = next(row["open_members"] for row in before if row["run_id"] == str(flow_id))
     _set(conn, _d.run_id == str(flow_id), open_members=was)
@@ -141,6 +136,8 @@ GATHERS = ("gather", "gather fails", "update by hand")
 CANCELS = ("cancel cleanup", "cancel failing gather", "cancel gather")
 EVENTS = ("one event", "two events", "two waiters", "event or timeout")
 
+# Not here: "open members are set, not added". A failed gather closes all its members before anything else is scheduled,
+# so no straggler meets a new join, and setting equals adding; tests/store/test_dispatch_joins.py holds the statement.
 MUTANTS = [
     Mutant("a sweep does not free expired rows", sqlite, "_swept", _then(_keep_expired_worker), GATHERS, 24),
     Mutant("a retry can be claimed before it is due", dispatch, "retry_step", _then(_publish_retry), ("retry",)),
@@ -151,7 +148,6 @@ MUTANTS = [
     Mutant("cleanup beside running members", Driver, "_drain", lambda _: lambda self: None, ("gather fails",)),
     Mutant("the fence begins anew after a rest", sqlite, "change", _then(_unwind_fence), GATHERS),
     Mutant("a claim leaves the revision alone", sqlite, "claim_drive", _then(_keep_revision), ("inline",)),
-    Mutant("open members are set, not added", sqlite, "_park", _then(_overwrite_open_members), ("gather fails",), 9),
     Mutant("a park does not compare wakes", dispatch, "park", _park_blindly, ("pause", "one event"), 152),
     Mutant("a drain does not count off", dispatch, "drain", _then(_undo_drain), CANCELS, 14),
     Mutant("a completion does not ask who holds the row", sqlite, "complete", _complete_whoever_asks, GATHERS, 80),

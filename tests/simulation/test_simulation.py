@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from celery_flows.store import LeaseLost
+from celery_flows.tasks.drive import surely_held
 from tests.simulation.mutants import MUTANTS, Mutant
-from tests.simulation.run import Run
+from tests.simulation.run import Run, own_clock
 from tests.simulation.scenarios import SCENARIOS, Scenario
-from tests.simulation.world import Violation
+from tests.simulation.world import Violation, World, later
 
 SEEDS = 8  # of each scenario; `python -m tests.simulation` plays as many as you like
 SEARCH = 500  # seeds in which a missing rule must show
@@ -28,6 +32,26 @@ def _quiet() -> Iterator[None]:
 def test_no_interleaving_breaks_a_promise(scenario: Scenario) -> None:
     for seed in range(SEEDS):
         Run(seed, scenario).play()
+
+
+def test_a_renewal_that_took_longer_than_a_lease_is_not_trusted() -> None:
+    world = World(0)
+    claim = SimpleNamespace(run_id="step", fence=1, worker="worker")
+    asked: list[float] = []
+
+    def renew(_: object, holder: object, lease: float) -> bool:
+        asked.append(world.boottime())
+        if len(asked) == 1:
+            world.clock += later(lease + 1)  # the process is stopped, and goes on only now
+            return True
+        return False  # by then another worker has taken over
+
+    runtime: Any = SimpleNamespace(store=SimpleNamespace(run=renew), settings=SimpleNamespace(lease_seconds=30.0))
+    holder: Any = claim
+    with own_clock(), pytest.raises(LeaseLost):
+        surely_held(runtime, holder, until=0.0)
+
+    assert asked == [0.0, 31.0]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
