@@ -174,6 +174,20 @@ def renew(conn: Connection, workers: Sequence[str], lease_seconds: float) -> int
     return _update_of(conn, workers, due_at=_in(conn, lease_seconds))
 
 
+@reads
+def list_holders(conn: Connection, prefix: str) -> list[str]:
+    """The tokens, as claims wrote them, that begin with ``prefix`` and hold rows."""
+    return list(conn.scalars(sa.select(_d.worker).where(_d.worker.startswith(prefix, autoescape=True)).distinct()))
+
+
+@writes
+def hand_back_all(conn: Connection, workers: Sequence[str]) -> int:
+    """Gives back unharmed, to be published now, all rows that claims with these tokens hold: their worker is stopping,
+    and has ended their processes."""
+    held = sa.update(flow_dispatch).where(_d.worker.in_(workers))
+    return conn.execute(held.values(worker=None, publish_count=0, due_at=now(conn))).rowcount
+
+
 @writes
 def release(conn: Connection, workers: Sequence[str]) -> int:
     """Ends the leases of these tokens at once, their processes being dead. Each counts as a crash and is due now, to be
@@ -393,9 +407,8 @@ def list_unsettled(conn: Connection, limit: int, at: datetime | None = None) -> 
 
 
 @reads
-def find_drive(conn: Connection, flow_id: UUID) -> Hint | None:
-    """The message that calls this flow's driver; None if the flow has ended or no definition drives it."""
-    row = conn.execute(sa.select(_d.task, _d.queue, _d.priority).where(_d.run_id == str(flow_id))).first()
-    if row is None or row.task is None:
-        return None
-    return Hint(str(flow_id), flow_id, "drive", row.task, row.queue, row.priority)
+def find_hint(conn: Connection, run_id: str) -> Hint | None:
+    """The message that calls a worker to this row; None if it is gone, or needs no worker."""
+    asked = sa.select(_d.flow_id, _d.kind, _d.task, _d.queue, _d.priority, _d.options).where(_d.run_id == run_id)
+    row = conn.execute(asked).first()
+    return None if row is None or row.flow_id is None or row.task is None else Hint(run_id, *row)

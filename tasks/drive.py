@@ -47,9 +47,18 @@ UNKNOWN_PAUSE_SECONDS = 60.0  # before a flow of unknown definition is offered a
 
 def drive(runtime: Runtime, flow_id: UUID, worker: str) -> None:
     """Drives the flow until it waits, ends, or belongs to somebody else. A duplicate message finds nothing to claim."""
-    while (driver := _claimed(runtime, flow_id, worker)) is not None:
+    while not passed_on(runtime, str(flow_id)) and (driver := _claimed(runtime, flow_id, worker)) is not None:
         if not driver.run():
             return
+
+
+def passed_on(runtime: Runtime, run_id: str) -> bool:
+    """Whether this worker is stopping, so that another is to do this: then its message has been sent again."""
+    if not runtime.stopping.is_set():
+        return False
+    hint = runtime.store.run(dispatch.find_hint, run_id)
+    runtime.publisher.publish(*filter(None, [hint]))
+    return True
 
 
 def _claimed(runtime: Runtime, flow_id: UUID, worker: str) -> Driver | None:
@@ -78,7 +87,8 @@ def surely_held(runtime: Runtime, holder: Holder, until: float) -> float:
 def let_go(runtime: Runtime, holder: Holder, error: BaseException) -> None:
     """Gives up a lease because of an exception that ends more than the work: unharmed if this process was told to stop
     or the store is out of reach; as a crash if the work itself wanted to end the process."""
-    stopped = isinstance(error, WorkerShutdown | WorkerTerminate | KeyboardInterrupt | FlowError)
+    told = isinstance(error, WorkerShutdown | WorkerTerminate | KeyboardInterrupt | FlowError)
+    stopped = told or runtime.stopping.is_set()
     with suppress(FlowError):
         runtime.store.run(dispatch.hand_back if stopped else dispatch.end_lease, holder)
 
@@ -213,10 +223,13 @@ class Driver:
     def must_stop(self, *, cleaning: bool) -> bool:
         """Asked before anything new happens; True: the flow is cancelled, and has not been told yet.
 
-        Unwinds the flow function when the claim is over, the flow is paused, or members are still running.
+        Unwinds the flow function when the claim is over, the worker is stopping, the flow is paused, or members are
+        still running.
         """
         if self._over:
             raise Suspended
+        if self.runtime.stopping.is_set():
+            self._hand_over_to_another_worker()
         if self._paused:
             self._park_and_suspend(None)
         if self._cancel_requested and not cleaning:
@@ -224,6 +237,13 @@ class Driver:
                 self.settle_members()
             return True
         return False
+
+    def _hand_over_to_another_worker(self) -> NoReturn:
+        with self._unwinding():
+            self.runtime.store.run(dispatch.hand_back, self._holder)
+        self._over = True
+        passed_on(self.runtime, self._holder.run_id)
+        raise Suspended
 
     def settle_members(self) -> None:
         """Has the members of joins that nobody waits for any more closed before anything else happens: cancels those

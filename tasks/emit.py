@@ -60,6 +60,6 @@ def hand_over(runtime: Runtime, key: str, *, own: UUID | None = None) -> int:
     moved = 0
     while (flow_id := runtime.store.run(inbox.hand_over_next, key)) is not None:
         moved += 1
-        if flow_id != own and (hint := runtime.store.run(dispatch.find_drive, flow_id)) is not None:
+        if flow_id != own and (hint := runtime.store.run(dispatch.find_hint, str(flow_id))) is not None:
             runtime.publisher.publish(hint)
     return moved

@@ -120,7 +120,7 @@ def call(
     manager = runtime.manager if caller is None else FlowManager(runtime.store.using(caller))
     change(manager)
     store = runtime.store if caller is None else runtime.store.using(caller)
-    hint = store.run(dispatch.find_drive, flow_id)
+    hint = store.run(dispatch.find_hint, str(flow_id))
     if hint is not None and caller is None:
         runtime.publisher.publish(hint)
     elif hint is not None and caller is not None:

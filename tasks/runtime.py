@@ -18,6 +18,7 @@ from celery_flows.store.engines import make_engine
 from celery_flows.tasks.publish import Publisher
 from celery_flows.tasks.registry import Registry
 from celery_flows.tasks.settings import FlowSettings, load_settings
+from celery_flows.tasks.stopping import Stopping
 
 
 class Runtime:
@@ -26,6 +27,7 @@ class Runtime:
     def __init__(self, app: Celery, store: SqlFlowStore | None = None) -> None:
         self.app = app
         self.registry = Registry()
+        self.stopping = Stopping()
         self._store = store
         self._opening = threading.Lock()
         refer = weakref.WeakMethod(self._after_fork)
@@ -94,7 +96,7 @@ class Runtime:
 def worker_token(pid: int, request_id: str) -> str:
     """Who runs a message: node, boot, application process, process and Celery request. A claim adds a part of its own,
     so that no two share one; the worker's parent process renews and releases by this beginning."""
-    return f"{_NODE}/{pid}/{request_id}"
+    return f"{NODE}/{pid}/{request_id}"
 
 
 def claim_token(worker: str) -> str:
@@ -109,6 +111,11 @@ def _boot_id() -> str:
         return "0"
 
 
+def pid_of(token: str) -> int:
+    """The process that holds a row under this token."""
+    return int(token.removeprefix(f"{NODE}/").partition("/")[0])
+
+
 # The last part tells applications apart that share host name, boot and process ids, as containers may; a forked child
 # has its parent's.
-_NODE = f"{socket.gethostname()[:60]}/{_boot_id()}/{secrets.token_hex(4)}"
+NODE = f"{socket.gethostname()[:60]}/{_boot_id()}/{secrets.token_hex(4)}"

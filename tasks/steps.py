@@ -19,7 +19,7 @@ from celery_flows.store.changes import Completion
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import StepClaim
 from celery_flows.store.script import Call
-from celery_flows.tasks.drive import UNKNOWN_PAUSE_SECONDS, drive, let_go, surely_held
+from celery_flows.tasks.drive import UNKNOWN_PAUSE_SECONDS, drive, let_go, passed_on, surely_held
 from celery_flows.tasks.payloads import describe, result_codec
 from celery_flows.tasks.runtime import Runtime, claim_token
 
@@ -38,6 +38,8 @@ class Delivery:
 
 def run_step(runtime: Runtime, run_id: str, delivery: Delivery) -> None:
     """Runs one Celery step, if its row is there to be claimed; then the flow itself, if this was what it waited for."""
+    if passed_on(runtime, run_id):
+        return
     asked_at, lease = boottime(), runtime.settings.lease_seconds
     claim: StepClaim | None = runtime.store.attempt(
         Call(dispatch.claim_step, (run_id, claim_token(delivery.worker), lease)), again={"repeat": True}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from celery.worker import state
 from celery_flows.store import dispatch
 from celery_flows.store.clock import boottime
 from celery_flows.tasks.publish import DRIVE_TASK, STEP_TASK
-from celery_flows.tasks.runtime import Runtime, worker_token
+from celery_flows.tasks.runtime import NODE, Runtime, pid_of, worker_token
 
 log = logging.getLogger("celery_flows.leases")
 
@@ -32,23 +33,44 @@ class Leases:
         self._interval = runtime.settings.lease_seconds / 3
         self._seen: dict[str, int] = {}  # token → pid, as of the last look
         self._dead: dict[str, int] = {}  # token → looks left; a row that somebody has locked is asked for again
+        self._reported: deque[dict[str, int]] = deque()  # by other threads
         self._renewed_at = boottime()
 
     def keep(self) -> None:
-        """One look: releases what dead children held, at once; renews the rest, once per third of a lease."""
-        current = held_by(state.active_requests)
-        gone = {token: pid for token, pid in {**self._seen, **current}.items() if not is_alive(pid)}
-        self._dead |= dict.fromkeys(gone, LOOKS_FOR_THE_DEAD)
-        if self._dead:
-            released = self._runtime.store.run(dispatch.release, list(self._dead))
-            if released:
+        """One look: gives up what dead children held, at once; renews the rest, once per third of a lease."""
+        self._look()
+        if self._dead and not self._runtime.stopping.is_set():  # a stopping worker's did not crash
+            if released := self._runtime.store.run(dispatch.release, list(self._dead)):
                 log.warning("released %d leases of dead worker processes", released)
             self._dead = {token: looks - 1 for token, looks in self._dead.items() if looks > 1}
-        self._seen = {token: pid for token, pid in current.items() if token not in gone}
         if boottime() - self._renewed_at >= self._interval:
             if self._seen:
                 self._runtime.store.run(dispatch.renew, list(self._seen), self._runtime.settings.lease_seconds)
             self._renewed_at = boottime()
+
+    def lost(self, request: Any) -> None:
+        """Celery tells that the process of this request has died; maybe it began since the last look. Never waits."""
+        self._reported.append(held_by([request]))
+
+    def are_held_here(self) -> bool:
+        """Whether this process itself is at work, in threads, as of the last look."""
+        return os.getpid() in self._seen.values()
+
+    def hand_back(self) -> None:
+        """Gives back what the dead of our process tree still hold, seen at work or not: the worker has ended them."""
+        store = self._runtime.store
+        dead = [token for token in store.run(dispatch.list_holders, f"{NODE}/") if not is_alive(pid_of(token))]
+        if given := store.run(dispatch.hand_back_all, dead):
+            log.info("%d leases handed back", given)
+
+    def _look(self) -> None:
+        before = dict(self._seen)
+        while self._reported:
+            before |= self._reported.popleft()
+        current = held_by(state.active_requests)
+        dead = {token for token, pid in {**before, **current}.items() if not is_alive(pid)}
+        self._dead |= dict.fromkeys(dead, LOOKS_FOR_THE_DEAD)
+        self._seen = {token: pid for token, pid in current.items() if token not in dead}
 
 
 def held_by(requests: Iterable[Any]) -> dict[str, int]:

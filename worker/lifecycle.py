@@ -14,8 +14,10 @@ from celery import Celery, bootsteps, signals
 from celery_flows.store import FlowError, InvalidData
 from celery_flows.tasks.maintenance import sweep
 from celery_flows.tasks.runtime import Runtime
+from celery_flows.tasks.stopping import Stopping
 from celery_flows.worker.guard import guard_tasks
 from celery_flows.worker.leases import Leases
+from celery_flows.worker.pools import check_pool, tell_of_lost_processes
 
 log = logging.getLogger("celery_flows.worker")
 
@@ -53,35 +55,65 @@ def refuse_or(action: Callable[[], T]) -> T:
 
 
 class WorkerStep(bootsteps.StartStopStep):
-    """Checks settings, database and schema before the worker starts; then ticks until it stops."""
+    """Checks settings, database, schema and pool before the worker starts; ticks until it stops; then has its work
+    handed over to other workers."""
 
     requires = ("celery.worker.components:Pool",)
     runtime: Runtime
 
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
+        refuse_or(lambda: check_pool(parent))
         refuse_or(lambda: self.runtime.store)
         guard_tasks(self.runtime.app)
-        self._tickers: list[Ticker] = []
+        self.runtime.stopping = Stopping()  # the pool has not forked yet
+        settings = self.runtime.settings
+        self._leases = Leases(self.runtime)
+        # Two threads: a sweep that is held up must not keep leases from being renewed.
+        keeper = Ticker("leases", self._leases.keep, min(LOOK_SECONDS, settings.lease_seconds / 10))
+        self._tickers = [keeper, Ticker("sweep", lambda: sweep(self.runtime), settings.sweep_seconds)]
+
+        def lost(request: Any) -> None:
+            self._leases.lost(request)
+            keeper.wake()
+
+        tell_of_lost_processes(self.runtime.app, lost)
 
     def start(self, parent: Any) -> None:
-        settings = self.runtime.settings
-        # Two threads: a sweep that is held up must not keep leases from being renewed.
-        self._tickers = [
-            Ticker("leases", Leases(self.runtime).keep, min(LOOK_SECONDS, settings.lease_seconds / 10)),
-            Ticker("sweep", lambda: sweep(self.runtime), settings.sweep_seconds),
-        ]
+        self._watch_soft_shutdown(parent)
         for ticker in self._tickers:
             ticker.start()
         # Not in stop(), which comes before the pool's: that waits for what is running, and its leases must be kept.
         signals.worker_shutdown.connect(self._end, sender=parent, weak=False)
 
+    def close(self, parent: Any) -> None:
+        """Every way to stop begins with this, but for a soft one."""
+        self.runtime.stopping.set()
+
     def terminate(self, parent: Any) -> None:
+        parent.pool.terminate()  # as the pool's own step does next; only then are its processes dead
         self._end()
 
+    def _watch_soft_shutdown(self, parent: Any) -> None:
+        """A cold shutdown first waits for ``worker_soft_shutdown_timeout``, in a signal handler, and tells nobody."""
+        wait = parent.wait_for_soft_shutdown
+
+        def stop_softly() -> None:
+            self.runtime.stopping.set()
+            wait()
+
+        parent.wait_for_soft_shutdown = stop_softly
+
     def _end(self, **_: Any) -> None:
-        for ticker in self._tickers:
-            ticker.stop()
+        keeper, sweeper = self._tickers
+        sweeper.stop()
+        if self._leases.are_held_here():  # Python waits for threads before it ends, however cold the shutdown
+            return
+        keeper.stop()
+        try:
+            self._leases.hand_back()
+        except FlowError as error:
+            log.warning("leases are not handed back: they run out (%s)", type(error).__name__)
 
 
 class Ticker(threading.Thread):
@@ -90,14 +122,20 @@ class Ticker(threading.Thread):
     def __init__(self, name: str, chore: Callable[[], object], seconds: float) -> None:
         super().__init__(name=f"celery-flows {name}", daemon=True)
         self._chore, self._seconds = chore, seconds
-        self._stopped = threading.Event()
+        self._awake = threading.Event()
+        self._stopped = False
         self._failing = False
 
     def run(self) -> None:
-        while not self._stopped.wait(self._seconds * random.uniform(0.8, 1.0)):
-            self._tick()
+        while True:
+            self._awake.wait(self._seconds * random.uniform(0.8, 1.0))
+            self._awake.clear()
+            if self._stopped:
+                return
+            self.tick()
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """Does the chore once, now, in the thread that asks."""
         try:
             self._chore()
         except Exception as error:
@@ -109,7 +147,13 @@ class Ticker(threading.Thread):
                 log.info("%s succeeds again", self.name)
             self._failing = False
 
+    def wake(self) -> None:
+        """Has the chore done at once."""
+        self._awake.set()
+
     def stop(self) -> None:
-        self._stopped.set()
+        """Ends the thread, after what it is doing."""
+        self._stopped = True
+        self._awake.set()
         if self.is_alive():
             self.join(STOP_SECONDS)

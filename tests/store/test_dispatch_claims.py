@@ -234,4 +234,4 @@ def test_standing_tells_revision_and_fence_together(store: SqlFlowStore, driving
     ended = store.run(dispatch.standing, flow.id)
     assert ended is not None
     assert (ended.status, ended.fence, ended.worker) == ("finished", None, None)
-    assert store.run(dispatch.find_drive, flow.id) is None
+    assert store.run(dispatch.find_hint, str(flow.id)) is None
