@@ -31,8 +31,10 @@ terminal closes its open steps and deletes all its rows.
 
 ``flow_inbox`` keeps external events until a flow has waited for them; ``consumed_by`` is set once.
 
-Who writes: ``operations.py`` (records), ``dispatch.py`` (claims, transitions, completions), ``inbox.py`` (events), each
-through ``postgresql.py`` or ``sqlite.py`` where the two differ.
+``flow_heartbeats`` has a row for each chore: when somebody last did it, how often somebody should, and what came of it.
+
+Who writes: ``operations.py`` (records), ``dispatch.py`` (claims, transitions, completions), ``inbox.py`` (events),
+``health.py`` (heartbeats), each through ``postgresql.py`` or ``sqlite.py`` where the two differ.
 
 No index may name a column that the record of a step changes (``revision``, ``current_step``, ``updated_at``), not even
 a partial one: PostgreSQL could then not update the row in place (HOT). Hence ``rest_at``, equal to ``updated_at`` but
@@ -247,6 +249,15 @@ flow_inbox = sa.Table(
     _partial("ix_flow_inbox_event_key", "consumed_by IS NULL", "event_key", "position"),
     _partial("ix_flow_inbox_consumed_by", "consumed_by IS NOT NULL", "consumed_by"),
     sqlite_autoincrement=True,
+)
+
+flow_heartbeats = sa.Table(
+    "flow_heartbeats",
+    metadata,
+    sa.Column("name", sa.Text(), primary_key=True),
+    sa.Column("at", UtcDateTime(), nullable=False),
+    sa.Column("every_seconds", sa.Double(), nullable=False),
+    sa.Column("report", Json, nullable=False),
 )
 
 FLOW_COLUMNS = tuple(c for c in flows.c if c.name not in ("rest_at", "wait_key"))  # the columns of a Flow

@@ -18,7 +18,7 @@ from celery_flows.tasks.steps import delivery_of, parse_id, run_step
 
 log = logging.getLogger("celery_flows.tasks")
 
-SWEEP_TASK, PRUNE_TASK, START_TASK = "flows.sweep", "flows.prune", "flows.start"
+SWEEP_TASK, PRUNE_TASK, VERIFY_TASK, START_TASK = "flows.sweep", "flows.prune", "flows.verify", "flows.start"
 
 # Early acknowledgement: the store sends what was lost again, so a late one would only bring redelivery loops,
 # RabbitMQ's consumer timeout and Redis' visibility timeout. No result backend: the store is the truth.
@@ -59,11 +59,15 @@ def register(app: Celery, runtime: Runtime) -> None:
 
     @app.task(name=SWEEP_TASK, **OPTIONS)
     def sweep(self: Any) -> None:
-        maintenance.sweep(runtime)
+        maintenance.sweep_for_beat(runtime)
 
     @app.task(name=PRUNE_TASK, **OPTIONS)
     def prune(self: Any, retain_days: int | None = None) -> None:
         maintenance.prune(runtime, retain_days)
+
+    @app.task(name=VERIFY_TASK, **OPTIONS)
+    def verify(self: Any) -> None:
+        maintenance.verify_sample(runtime)
 
     @app.task(name=START_TASK, **{**OPTIONS, "ignore_result": False})
     def start(self: Any, name: str, input: Any = None, **options: Any) -> str:

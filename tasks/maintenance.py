@@ -1,11 +1,15 @@
-"""The chores: sweep for due work, prune what is past its retention. Small, alike, and counting what they did."""
+"""The chores: sweep for due work, prune what is past its retention, audit a sample. Small, alike, and counting what
+they did. Each leaves a heartbeat, by which it is known that somebody does it."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from random import Random
+from typing import Any
 
-from celery_flows.store import FlowError, FlowStepStatus, dispatch, inbox
+from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, health, inbox
+from celery_flows.store.audit import Finding
 from celery_flows.store.changes import Completion, Holder
 from celery_flows.store.dispatch import Swept
 from celery_flows.tasks.emit import hand_over
@@ -14,6 +18,13 @@ from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.waits import WaitEngine
 
 log = logging.getLogger("celery_flows.maintenance")
+
+# The chores that leave heartbeats.
+SWEEP, BEAT, PRUNE, VERIFY = "sweep", "beat", "prune", "verify"
+BEAT_SWEEP_SECONDS = 10.0  # beat only stands in for workers that are all dead or stuck; they sweep by themselves
+HOUR_SECONDS, DAY_SECONDS = 3600.0, 86_400.0
+
+TOLD = 10  # findings of an audit, in the log and in the heartbeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,18 @@ def sweep(runtime: Runtime) -> SweepReport:
     if any(asdict(report).values()):
         log.info("swept: %s", ", ".join(f"{count} {name}" for name, count in asdict(report).items() if count))
     return report
+
+
+def sweep_for_beat(runtime: Runtime) -> SweepReport:
+    """The sweep that beat sends for, in case workers do not sweep by themselves."""
+    report = sweep(runtime)
+    heartbeat(runtime, BEAT, BEAT_SWEEP_SECONDS)
+    return report
+
+
+def heartbeat(runtime: Runtime, name: str, every_seconds: float, **report: Any) -> None:
+    """Says that a chore has been done, and how often it should be."""
+    runtime.store.run(health.record_heartbeat, name, every_seconds, report)
 
 
 def _try_to_give_up(runtime: Runtime, row: Swept) -> None:
@@ -92,4 +115,17 @@ def prune(runtime: Runtime, retain_days: int | None = None) -> int:
     days = runtime.settings.retain_days if retain_days is None else retain_days
     pruned = runtime.store.prune_terminal_flows(days)
     log.info("pruned %d flows that ended more than %d days ago", pruned, days)
+    heartbeat(runtime, PRUNE, DAY_SECONDS, pruned=pruned)
     return pruned
+
+
+def verify_sample(runtime: Runtime, size: int = 100) -> list[Finding]:
+    """Audits the latest flows, and as many from any time before; tells in the log what is wrong with them."""
+    flow_ids = runtime.store.run(health.sample_ids, size, Random())
+    found = [finding for finding in audit.verify(runtime.store, flow_ids) if finding.kind != "orphan"]  # pruned since
+    for finding in found[:TOLD]:
+        log.error("%s", finding)
+    log.info("audited %d flows: %d findings", len(flow_ids), len(found))
+    report = {"flows": len(flow_ids), "findings": len(found), "first": [str(finding) for finding in found[:TOLD]]}
+    heartbeat(runtime, VERIFY, HOUR_SECONDS, **report)
+    return found

@@ -75,6 +75,10 @@ class Publisher:
             **(hint.options or {}),
         )
 
+    def connect(self) -> Connection:
+        """A connection of one's own, as bounded; to be closed."""
+        return self._connection.clone()
+
     @cached_property
     def _connection(self) -> Connection:
         """Never connected itself: the pool is found by it, and clones it."""

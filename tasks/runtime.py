@@ -13,7 +13,7 @@ from pathlib import Path
 from celery import Celery
 from celery.utils.imports import import_from_cwd
 
-from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
+from celery_flows.store import FlowManager, InvalidData, SqlFlowStore, schema
 from celery_flows.store.engines import make_engine
 from celery_flows.tasks.publish import Publisher
 from celery_flows.tasks.registry import Registry
@@ -59,6 +59,20 @@ class Runtime:
             if self._store is None:
                 self._store = SqlFlowStore(make_engine(self.settings.require_store_url()))
             return self._store
+
+    def schema_version(self) -> str | None:
+        """The version the database is at (None: no tables), whether or not this program can work with it.
+
+        Raises:
+            StoreError, InvalidData
+        """
+        if self._store is not None:
+            return self._store.run(schema.current)
+        engine = make_engine(self.settings.require_store_url())
+        try:
+            return SqlFlowStore(engine, check=False).run(schema.current)
+        finally:
+            engine.dispose()
 
     def import_definitions(self) -> None:
         """Imports the modules that ``flow_imports`` names.

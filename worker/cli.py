@@ -24,6 +24,7 @@ from celery_flows.store.engines import make_engine
 from celery_flows.tasks import maintenance
 from celery_flows.tasks.errors import FlowFailed, UnknownFlow
 from celery_flows.worker import output
+from celery_flows.worker.doctor import examine
 from celery_flows.worker.flows import Flows
 from celery_flows.worker.lifecycle import Refused
 
@@ -283,4 +284,32 @@ def verify(flows: Flows, flow_ids: tuple[UUID, ...], since: datetime | None, as_
     else:
         click.echo(f"{looked_at} flows, {len(found)} findings")
     if found:
+        raise click.exceptions.Exit(1)
+
+
+@flow.command()
+@click.option(
+    "--stalled-after", type=click.FloatRange(min=1), default=3600.0, show_default=True, metavar="SECONDS",
+    help="How long held work may record nothing.",
+)  # fmt: skip
+@click.option(
+    "--timeout", type=click.FloatRange(0.1, 60), default=1.0, show_default=True, metavar="SECONDS",
+    help="How long workers have to answer.",
+)  # fmt: skip
+@as_json
+@_command
+def doctor(flows: Flows, stalled_after: float, timeout: float, as_json: bool) -> None:
+    """Says what is not well, why, and what to do about it.
+
+    Exit code 1 if flows do not go on, or are in danger: a check of readiness.
+    """
+    found = examine(flows.runtime, stalled_seconds=stalled_after, reply_seconds=timeout)
+    is_ready = not any(finding.is_problem for finding in found)
+    if as_json:
+        output.show_json({"ready": is_ready, "findings": [finding.as_json() for finding in found]})
+    else:
+        for finding in found:
+            click.echo(str(finding))
+        click.echo(f"{'ready' if is_ready else 'not ready'}, {len(found)} findings")
+    if not is_ready:
         raise click.exceptions.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import click
 from celery import Celery, bootsteps, signals
 
 from celery_flows.store import FlowError, InvalidData
-from celery_flows.tasks.maintenance import sweep
+from celery_flows.store.clock import boottime
+from celery_flows.tasks import maintenance
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.stopping import Stopping
 from celery_flows.worker.guard import guard_tasks
@@ -25,6 +27,7 @@ T = TypeVar("T")
 
 STOP_SECONDS = 5.0
 LOOK_SECONDS = 1.0  # how soon a dead child is noticed
+HEARTBEAT_SECONDS = 15.0  # between two heartbeats of a worker's sweeps
 
 
 def install(app: Celery, runtime: Runtime) -> None:
@@ -71,7 +74,8 @@ class WorkerStep(bootsteps.StartStopStep):
         self._leases = Leases(self.runtime)
         # Two threads: a sweep that is held up must not keep leases from being renewed.
         keeper = Ticker("leases", self._leases.keep, min(LOOK_SECONDS, settings.lease_seconds / 10))
-        self._tickers = [keeper, Ticker("sweep", lambda: sweep(self.runtime), settings.sweep_seconds)]
+        self._tickers = [keeper, Ticker("sweep", self._sweep, settings.sweep_seconds)]
+        self._heartbeat_at = -math.inf
 
         def lost(request: Any) -> None:
             self._leases.lost(request)
@@ -103,6 +107,13 @@ class WorkerStep(bootsteps.StartStopStep):
             wait()
 
         parent.wait_for_soft_shutdown = stop_softly
+
+    def _sweep(self) -> None:
+        maintenance.sweep(self.runtime)
+        every = max(HEARTBEAT_SECONDS, self.runtime.settings.sweep_seconds)
+        if boottime() - self._heartbeat_at >= every:
+            maintenance.heartbeat(self.runtime, maintenance.SWEEP, every)
+            self._heartbeat_at = boottime()
 
     def _end(self, **_: Any) -> None:
         keeper, sweeper = self._tickers

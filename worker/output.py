@@ -32,7 +32,7 @@ def _plain(value: Any) -> Any:
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table; in a pipe, a line a row, its cells parted by tabs, so that nothing is cut."""
-    texts = [["" if cell is None else _printable(str(cell)) for cell in row] for row in rows]
+    texts = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         head, *lines = _aligned([columns, *texts])
         lines.insert(0, click.style(head, underline=True))
@@ -50,7 +50,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """One line that does nothing to a terminal, whatever somebody wrote into a flow."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 

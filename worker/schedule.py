@@ -7,14 +7,16 @@ from typing import Any
 from celery import Celery
 from celery.schedules import crontab
 
-from celery_flows.tasks.celery_tasks import PRUNE_TASK, SWEEP_TASK
+from celery_flows.tasks.celery_tasks import PRUNE_TASK, SWEEP_TASK, VERIFY_TASK
+from celery_flows.tasks.maintenance import BEAT_SWEEP_SECONDS, HOUR_SECONDS
 
-BEAT_SWEEP_SECONDS = 10.0  # beat only stands in for workers that are all dead or stuck; they sweep by themselves
-PRUNE_AT = crontab(hour=3, minute=30)  # a crontab, not an interval: a restart of beat would begin an interval anew
+# Crontabs, not intervals: a restart of beat would begin an interval anew.
+PRUNE_AT = crontab(hour=3, minute=30)
+VERIFY_AT = crontab(minute=17)
 
 
 def add_beat_entries(app: Celery) -> None:
-    """Has beat sweep and prune. Any number of beats may run: the chores can be done twice at no harm."""
+    """Has beat sweep, prune and audit. Any number of beats may run: the chores can be done twice at no harm."""
 
     # Strongly referenced: Celery keeps receivers weakly by default.
     @app.on_after_finalize.connect(weak=False)
@@ -26,3 +28,6 @@ def add_beat_entries(app: Celery) -> None:
             expires=BEAT_SWEEP_SECONDS,
         )
         sender.add_periodic_task(PRUNE_AT, sender.signature(PRUNE_TASK), name="celery-flows: prune")
+        sender.add_periodic_task(
+            VERIFY_AT, sender.signature(VERIFY_TASK), name="celery-flows: verify", expires=HOUR_SECONDS
+        )

@@ -13,6 +13,8 @@ from celery_flows.store.engines import make_engine
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
 
+OUR_ENTRIES = {"celery-flows: sweep", "celery-flows: prune", "celery-flows: verify"}
+
 
 def shop(**conf: Any) -> Celery:
     """A user's app, as it was before."""
@@ -35,7 +37,7 @@ def test_the_users_app_stays_as_it_was() -> None:
 
     assert dict(with_flows.conf.table()) == dict(plain.conf.table())
     assert set(with_flows.tasks) - set(plain.tasks) == {
-        "flows.drive", "flows.step", "flows.sweep", "flows.prune", "flows.start",
+        "flows.drive", "flows.step", "flows.sweep", "flows.prune", "flows.verify", "flows.start",
     }  # fmt: skip
     greet = with_flows.tasks["shop.greet"]
     assert (greet.acks_late, greet("you"), type(greet).__mro__[1]) == (True, "hello you", with_flows.Task)
@@ -47,7 +49,7 @@ def test_our_tasks_keep_their_own_options_in_any_app() -> None:
     app = shop(task_ignore_result=False, task_reject_on_worker_lost=True, task_track_started=True)
     Flows(app)
     app.finalize()
-    for name in ("flows.drive", "flows.step", "flows.sweep", "flows.prune"):
+    for name in ("flows.drive", "flows.step", "flows.sweep", "flows.prune", "flows.verify"):
         task = app.tasks[name]
         assert (task.acks_late, task.reject_on_worker_lost, task.ignore_result) == (False, False, True)
         assert (task.serializer, task.rate_limit, task.max_retries) == ("json", None, 0)
@@ -64,7 +66,7 @@ def test_beat_entries_join_the_users_own_schedule() -> None:
     assert schedule["celery-flows: sweep"]["schedule"] == 10.0
     assert schedule["celery-flows: prune"]["task"] == "flows.prune"
     assert isinstance(schedule["celery-flows: prune"]["schedule"], crontab)
-    assert set(schedule) == {"greet", "celery-flows: sweep", "celery-flows: prune"}
+    assert set(schedule) == {"greet", *OUR_ENTRIES}
 
 
 def test_beat_entries_join_a_schedule_that_is_set_later() -> None:
@@ -72,7 +74,7 @@ def test_beat_entries_join_a_schedule_that_is_set_later() -> None:
     Flows(app)
     app.conf.beat_schedule = {"greet": {"task": "shop.greet", "schedule": 60.0}}
     app.finalize()
-    assert set(app.conf.beat_schedule) == {"greet", "celery-flows: sweep", "celery-flows: prune"}
+    assert set(app.conf.beat_schedule) == {"greet", *OUR_ENTRIES}
 
 
 def test_one_app_has_one_flows() -> None:

@@ -1,0 +1,163 @@
+"""Facts to tell by whether all is well: heartbeats of the chores, and what stands in ``flow_dispatch`` for too long.
+
+Facts only: what they mean, and what to do, is said by whoever asks. Not for the hot path: some of these read a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from random import Random
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+from sqlalchemy.dialects import postgresql, sqlite
+
+from celery_flows.store.models import OPEN, FlowStatus
+from celery_flows.store.operations import now, reads, writes
+from celery_flows.store.tables import UtcDateTime, flow_dispatch, flow_heartbeats, flow_steps, flows
+
+_d = flow_dispatch.c
+_WORK = sa.and_(_d.kind.in_(("drive", "step")), _d.task.isnot(None))  # what a worker is to be called to
+
+SHOWN = 20  # rows of a kind that are told one by one
+
+
+# ---- heartbeats -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """When somebody last did a chore."""
+
+    name: str
+    at: datetime  # by the database's clock
+    every_seconds: float  # how often somebody should
+    report: dict[str, Any]  # what came of it
+
+
+@writes
+def record_heartbeat(conn: Connection, name: str, every_seconds: float, report: dict[str, Any]) -> None:
+    """Says that this chore has been done just now, whoever did it."""
+    row = {"at": now(conn), "every_seconds": every_seconds, "report": report}
+    insert = postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert
+    beat = insert(flow_heartbeats).values(name=name, **row)
+    conn.execute(beat.on_conflict_do_update(index_elements=["name"], set_=row))
+
+
+@reads
+def list_heartbeats(conn: Connection) -> dict[str, Heartbeat]:
+    """The last heartbeat of each chore, by name."""
+    return {row.name: Heartbeat(*row) for row in conn.execute(sa.select(*flow_heartbeats.c))}
+
+
+# ---- work that stands -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Rows of ``flow_dispatch`` that have something in common."""
+
+    count: int
+    queue: str | None
+    task: str | None
+
+
+@reads
+def list_waiting(conn: Connection) -> list[Standing]:
+    """Work that a worker is to take now and none holds, by queue (None: the default one)."""
+    wanted = sa.or_(_d.due_at <= now(conn), _d.publish_count > 0)
+    return _grouped(conn, sa.and_(_WORK, _d.worker.is_(None), wanted), by_task=False)
+
+
+@reads
+def list_unclaimed(conn: Connection, times: int) -> list[Standing]:
+    """Work that was published so many times, and that no worker has taken."""
+    return _grouped(conn, sa.and_(_WORK, _d.worker.is_(None), _d.publish_count >= times))
+
+
+@reads
+def list_needed(conn: Connection, kind: str) -> list[Standing]:
+    """The definitions (``drive``) or tasks (``step``) that open flows are in need of."""
+    return _grouped(conn, sa.and_(_WORK, _d.kind == kind))
+
+
+def _grouped(conn: Connection, where: sa.ColumnElement[bool], *, by_task: bool = True) -> list[Standing]:
+    by = [_d.queue, _d.task] if by_task else [_d.queue]
+    rows = conn.execute(sa.select(sa.func.count(), *by).where(where).group_by(*by).order_by(*by))
+    return [Standing(row[0], row[1], row[2] if by_task else None) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of ``flow_dispatch``."""
+
+    run_id: str
+    flow_id: UUID | None
+    kind: str
+    task: str | None
+    worker: str | None
+    crash_count: int
+    since: datetime | None
+
+
+_ROW = (_d.run_id, _d.flow_id, _d.kind, _d.task, _d.worker, _d.crash_count)
+
+
+@reads
+def list_overdue(conn: Connection, seconds: float) -> tuple[int, datetime | None]:
+    """How many rows have been due for longer than this, and since when the first: sweeps look at what is due."""
+    late = _d.due_at < sa.literal(now(conn) - timedelta(seconds=seconds), UtcDateTime())
+    count, first = conn.execute(sa.select(sa.func.count(), sa.func.min(_d.due_at)).where(late)).one()
+    return count, first
+
+
+@reads
+def list_stalled(conn: Connection, seconds: float) -> list[Row]:
+    """Work that is held, its lease renewed, and of which nothing has been recorded for longer than this."""
+    before = sa.literal(now(conn) - timedelta(seconds=seconds), UtcDateTime())
+    same_step = sa.and_(flow_steps.c.flow_id == _d.flow_id, flow_steps.c.run_id == _d.run_id)
+    recorded = sa.case((_d.kind == "drive", flows.c.updated_at), else_=flow_steps.c.updated_at)
+    joined = flow_dispatch.join(flows, flows.c.id == _d.flow_id).outerjoin(flow_steps, same_step)
+    held = sa.select(*_ROW, recorded.label("since")).select_from(joined).where(_d.worker.isnot(None), recorded < before)
+    return [Row(*row) for row in conn.execute(held.order_by(recorded).limit(SHOWN))]
+
+
+@reads
+def list_crashing(conn: Connection, times: int) -> list[Row]:
+    """Work that has killed its workers so many times in a row, and is being tried again."""
+    killing = sa.select(*_ROW, _d.due_at).where(_d.crash_count >= times)
+    return [Row(*row) for row in conn.execute(killing.order_by(_d.crash_count.desc()).limit(SHOWN))]
+
+
+@reads
+def list_failures(conn: Connection, seconds: float, types: Sequence[str]) -> list[UUID]:
+    """Flows that failed within the last ``seconds`` for one of these reasons; of the last thousand that failed."""
+    since = sa.literal(now(conn) - timedelta(seconds=seconds), UtcDateTime())
+    failed = sa.select(flows.c.id, flows.c.error_json).where(flows.c.status == FlowStatus.FAILED)
+    rows = conn.execute(failed.where(flows.c.rest_at >= since).order_by(flows.c.rest_at.desc()).limit(1000))
+    return [row.id for row in rows if (row.error_json or {}).get("type") in types]
+
+
+@reads
+def has_open_flows(conn: Connection) -> bool:
+    """Whether there is anything to do at all."""
+    return conn.scalar(sa.select(flows.c.id).where(flows.c.status.in_(OPEN)).limit(1)) is not None
+
+
+# ---- a sample to audit ----------------------------------------------------------------------------------------------
+
+
+@reads
+def sample_ids(conn: Connection, size: int, rng: Random) -> list[UUID]:
+    """Flows to audit: the latest, and a stretch from any time between the oldest and them. At most ``size`` of each."""
+    ids = sa.select(flows.c.id).order_by(flows.c.id.desc())
+    latest = list(conn.scalars(ids.limit(size)))
+    oldest = conn.scalar(sa.select(flows.c.id).order_by(flows.c.id).limit(1))
+    if oldest is None or len(latest) < size:
+        return latest
+    begin = UUID(int=rng.randint(oldest.int, latest[-1].int))  # ids of version 7 are in the order of creation
+    return latest + list(conn.scalars(ids.where(flows.c.id < begin).limit(size)))
