@@ -192,7 +192,7 @@ class AsyncFlowStore:
             FlowNotFound, RevisionMismatch: nothing was written.
         """
         stored: tuple[Flow, int | None] = await self.attempt(
-            Call(op.change_flow, (change,)), settled=Call(op.find_change, (change,)), **how
+            Call(op.change_operation(change), (change,)), settled=Call(op.find_change, (change,)), **how
         )
         return stored
 

@@ -35,6 +35,7 @@ class StepWrite:
     result: str | None = None
     error: Mapping[str, Any] | None = None
     args: str | None = None
+    child_session_key: str | None = None
     elapsed_us: int = 0  # how long it ran; created_at is that much before updated_at
     id: UUID = field(default_factory=new_id)
 
@@ -49,6 +50,8 @@ class StepWrite:
             "attempt": self.attempt,
             "error_json": self.error,
         }
+        if self.child_session_key is not None:
+            row["child_session_key"] = self.child_session_key
         text = json.dumps(row, ensure_ascii=False)[:-1]
         encoded = f'"result_json":{self.result or "null"},"args_json":{self.args or "null"}'
         return f'{text},{encoded},"elapsed_us":{self.elapsed_us}}}'
@@ -56,7 +59,7 @@ class StepWrite:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A Celery step to schedule: its row and its dispatch row."""
+    """A Celery step or a child flow to schedule: its row and its dispatch row."""
 
     run_id: str
     task: str
@@ -65,7 +68,23 @@ class Member:
     queue: str | None = None
     priority: int | None = None
     options: Mapping[str, Any] | None = None  # of the message: time limits
+    child: Flow | None = None
     id: UUID = field(default_factory=new_id)
+
+    @property
+    def kind(self) -> str:
+        """Of its dispatch row."""
+        return "step" if self.child is None else "child"
+
+    @property
+    def child_session_key(self) -> str | None:
+        """The child's id, by which the step is known to be it."""
+        return None if self.child is None else str(self.child.id)
+
+    @property
+    def status(self) -> FlowStepStatus:
+        """A child is under way at once."""
+        return FlowStepStatus.PENDING if self.child is None else FlowStepStatus.RUNNING
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +199,15 @@ class Drive:
     queue: str | None = None
     priority: int | None = None
     first_pause: float = 0.0  # seconds before the sweep publishes it again
+    parent_run_id: str | None = None  # of a child: which step of its parent it is
 
 
 def change_of(flow: Flow, transition: Transition, **more: Any) -> Change:
     """The change that writes ``transition`` on top of ``flow`` as read."""
     return Change(flow.id, flow.revision, transition.kind, transition.columns, transition.payload, **more)
 
+
+ORDER = "cancel "  # begins the run id of the order to cancel a child whose parent has ended
 
 CALL_THE_WAITING = frozenset({"cancel_requested", "unpaused"})  # its time may have come while it was paused
 QUIET = frozenset({"state_updated", "paused", "step_observed"})  # kinds that call no driver

@@ -38,6 +38,7 @@ class DriveClaim:
     open_members: int
     join_group: int
     queue: str | None
+    parent_run_id: str | None  # of a child flow: the step that it is of its parent
     began: bool  # nobody claimed it before, so there is no history
     now: datetime  # the database's clock
 
@@ -115,6 +116,7 @@ def claim_drive(
         open_members=row["open_members"],
         join_group=row["join_group"],
         queue=row["queue"],
+        parent_run_id=row["parent_run_id"],
         began=row["was"] == "created" and row["fence"] == 1,
         now=row["now"],
     )
@@ -390,18 +392,19 @@ def fail_lost(conn: Connection, flow_id: UUID, fence: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Unsettled:
-    """A due row that needs no worker: an event to hand over, or the wait of a flow that no definition drives."""
+    """A due row that needs no worker: an event to hand over, a child flow to see to, or the wait of a flow that no
+    definition drives."""
 
     run_id: str
-    kind: str  # look or drive
-    flow_id: UUID | None  # of a drive row
+    kind: str  # look, child or drive
+    flow_id: UUID | None  # none of a look row
 
 
 @reads
 def list_unsettled(conn: Connection, limit: int, at: datetime | None = None) -> list[Unsettled]:
     """Rows that need no worker and are due at ``at``; None: by the database's clock."""
     moment = _in(conn, 0) if at is None else sa.literal(at, UtcDateTime())
-    no_worker = sa.or_(_d.kind == "look", _d.task.is_(None))
+    no_worker = sa.or_(_d.kind.in_(("look", "child")), _d.task.is_(None))
     due = sa.select(_d.run_id, _d.kind, _d.flow_id).where(_d.due_at <= moment, no_worker)
     return [Unsettled(*row) for row in conn.execute(due.order_by(_d.due_at).limit(limit))]
 

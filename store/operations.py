@@ -234,6 +234,26 @@ def change_flow(conn: Connection, change: Change) -> tuple[Flow, int | None]:
     return Flow.of_row(row), row["event_id"]
 
 
+@writes
+def change_with_children(conn: Connection, change: Change) -> tuple[Flow, int | None]:
+    """:func:`change_flow`, with the child flows that its members are, in one transaction.
+
+    Raises:
+        RevisionMismatch, FlowNotFound: nothing was written.
+    """
+    for member in change.members:
+        if member.child is not None:
+            drive = Drive(member.task, member.queue, first_pause=change.first_pause, parent_run_id=member.run_id)
+            create_flow(conn, member.child, {}, drive)
+    return change_flow(conn, change)
+
+
+def change_operation(change: Change) -> Callable[..., tuple[Flow, int | None]]:
+    """What writes this change: one statement, unless flows are made with it."""
+    has_children = any(member.child is not None for member in change.members)
+    return change_with_children if has_children else change_flow
+
+
 @reads
 def find_change(conn: Connection, change: Change) -> tuple[Flow, int | None] | None:
     """What :func:`change_flow` would have answered, if it committed and only its reply was lost; else None."""

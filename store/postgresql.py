@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.dialects import postgresql
 
-from celery_flows.store.changes import Change, Completion, Drive, End, Park, Settle, Wake
+from celery_flows.store.changes import ORDER, Change, Completion, Drive, End, Park, Settle, Wake
 from celery_flows.store.models import Flow, FlowStep
 from celery_flows.store.tables import FLOW_COLUMNS, UtcDateTime, flow_steps, flows
 from celery_flows.store.validation import encode_json
@@ -118,7 +118,7 @@ _STEP_SQL = f"""s AS (INSERT INTO flow_steps (id, flow_id, runtime, run_id, task
 
 _MEMBER_TYPES = {
     "id": "uuid", "run_id": "text", "task": "text", "position": "integer", "args": "jsonb", "queue": "text",
-    "priority": "smallint", "options": "jsonb",
+    "priority": "smallint", "options": "jsonb", "kind": "text", "status": "text", "child_session_key": "text",
 }  # fmt: skip
 
 
@@ -134,19 +134,21 @@ def _members_sql(count: int) -> list[str]:
         )
     return [
         source,
-        """s AS (INSERT INTO flow_steps (id, flow_id, runtime, run_id, task, status, args_json, position, attempt,
-             created_at, updated_at)
-           SELECT i.id, u.id, 'managed', i.run_id, i.task, 'pending', i.args, i.position, 1, u.updated_at, u.updated_at
-           FROM u, i)""",
+        """s AS (INSERT INTO flow_steps (id, flow_id, runtime, child_session_key, run_id, task, status, args_json,
+             position, attempt, created_at, updated_at)
+           SELECT i.id, u.id, 'managed', i.child_session_key, i.run_id, i.task, i.status, i.args, i.position, 1,
+             u.updated_at, u.updated_at FROM u, i)""",
         f"""m AS (INSERT INTO flow_dispatch (run_id, flow_id, kind, task, queue, priority, options, due_at,
              publish_count, join_group)
-           SELECT i.run_id, u.id, 'step', i.task, i.queue, i.priority, i.options, {AFTER.format("first_pause")}, 1,
-             {param("group", "integer")} FROM u, i RETURNING 1)""",
+           SELECT i.run_id, u.id, i.kind, i.task, i.queue, i.priority, i.options,
+             CASE WHEN i.kind = 'step' THEN {AFTER.format("first_pause")} END,
+             CASE WHEN i.kind = 'step' THEN 1 ELSE 0 END, {param("group", "integer")} FROM u, i RETURNING 1)""",
         """e AS (INSERT INTO flow_events (flow_id, revision, kind, payload_json, at, write_id)
            SELECT u.id, CASE WHEN i.n = 1 THEN u.revision END, 'step_scheduled',
              CASE WHEN i.n = 1 THEN CAST(:told AS jsonb) ELSE CAST('{}' AS jsonb) END
                || jsonb_build_object('run_id', i.run_id, 'step', jsonb_build_object('id', i.id, 'runtime', 'managed',
-                 'task', i.task, 'status', 'pending', 'position', i.position, 'attempt', 1, 'args_json', i.args)),
+                 'task', i.task, 'status', i.status, 'position', i.position, 'attempt', 1, 'args_json', i.args,
+                 'child_session_key', i.child_session_key)),
              u.updated_at, CASE WHEN i.n = 1 THEN CAST(:write_id AS uuid) END FROM u, i ORDER BY i.n RETURNING id)""",
     ]
 
@@ -185,7 +187,7 @@ def _drive_sql(drive: type[Any], forgive: bool, joins: bool) -> list[str]:
         ]
     if drive is End:
         return [
-            """k AS (SELECT d.run_id FROM flow_dispatch d, u WHERE d.flow_id = u.id
+            """k AS (SELECT d.run_id, d.kind, d.parent_run_id FROM flow_dispatch d, u WHERE d.flow_id = u.id
                 ORDER BY d.kind = 'drive', d.run_id FOR UPDATE OF d)""",
             "x AS (DELETE FROM flow_dispatch d USING k WHERE d.run_id = k.run_id)",
             """c AS (UPDATE flow_steps t SET status = 'cancelled', updated_at = u.updated_at
@@ -194,6 +196,13 @@ def _drive_sql(drive: type[Any], forgive: bool, joins: bool) -> list[str]:
             """ce AS (INSERT INTO flow_events (flow_id, kind, payload_json, at)
                 SELECT u.id, 'step_cancelled', jsonb_build_object('run_id', c.run_id, 'step',
                   jsonb_build_object('status', 'cancelled')), u.updated_at FROM u, c)""",
+            f"""o AS (INSERT INTO flow_dispatch (run_id, flow_id, kind, due_at)
+                SELECT '{ORDER}' || k.run_id, f.id, 'child', u.updated_at
+                FROM u, k JOIN flow_steps t ON t.run_id = k.run_id
+                  JOIN flows f ON f.id = CAST(t.child_session_key AS uuid) AND f.finished_at IS NULL
+                WHERE k.kind = 'child' AND t.flow_id = u.id ON CONFLICT DO NOTHING)""",
+            """p AS (UPDATE flow_dispatch d SET due_at = u.updated_at FROM u, k
+                WHERE d.run_id = k.parent_run_id AND d.kind = 'child')""",
         ]
     return []
 
@@ -228,6 +237,7 @@ def _member_parameters(what: Change) -> dict[str, Any]:
     columns: dict[str, list[Any]] = {
         name: [getattr(member, name) for member in what.members] for name in _MEMBER_TYPES if name != "options"
     }
+    columns["status"] = [status.value for status in columns["status"]]
     columns["options"] = [m.options and encode_json("options", m.options) for m in what.members]
     single = len(what.members) == 1
     values: dict[str, Any] = {"m_" + name: column[0] if single else column for name, column in columns.items()}
@@ -241,9 +251,10 @@ _NEW = ", ".join(f"{param(c.name, _TYPES[c.name])}" for c in FLOW_COLUMNS)
 
 @lru_cache(maxsize=2)
 def _create_statement(driven: bool) -> sa.TextClause:
-    drive = f""", d AS (INSERT INTO flow_dispatch (run_id, flow_id, kind, task, queue, priority, due_at, publish_count)
+    drive = f""", d AS (INSERT INTO flow_dispatch
+          (run_id, flow_id, kind, task, queue, priority, due_at, publish_count, parent_run_id)
         SELECT CAST(u.id AS text), u.id, 'drive', :d_task, :d_queue, CAST(:d_priority AS smallint),
-          {AFTER.format("d_pause")}, 1 FROM u)"""
+          {AFTER.format("d_pause")}, 1, CAST(:d_parent AS text) FROM u)"""
     return sa.text(
         f"""WITH u AS (INSERT INTO flows ({_FLOW}, rest_at, wait_key)
               SELECT {_NEW}, {NOW}, :wait_key ON CONFLICT DO NOTHING RETURNING id, revision, created_at),
@@ -266,6 +277,7 @@ def create(conn: Connection, flow: Flow, kind: str, told: str, wait_key: str | N
             "d_queue": drive.queue,
             "d_priority": drive.priority,
             "d_pause": drive.first_pause,
+            "d_parent": drive.parent_run_id,
         }
     return conn.scalar(_create_statement(drive is not None), values)
 
@@ -284,7 +296,7 @@ _CLAIM_DRIVE = sa.text(
           WHERE id = :flow_id AND status IN ('created', 'running', 'waiting') AND paused_at IS NULL FOR NO KEY UPDATE),
         d AS (UPDATE flow_dispatch d SET {_TAKE} FROM f
           WHERE d.run_id = CAST(f.id AS text) AND d.task IS NOT NULL AND {_CLAIMABLE}
-          RETURNING d.flow_id, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue),
+          RETURNING d.flow_id, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue, d.parent_run_id),
         u AS (UPDATE flows SET status = CASE WHEN cancel_requested THEN status ELSE 'running' END,
             wait_json = CASE WHEN cancel_requested THEN wait_json END,
             wait_key = CASE WHEN cancel_requested THEN wait_key END,
@@ -296,7 +308,8 @@ _CLAIM_DRIVE = sa.text(
             jsonb_build_object('set', jsonb_build_object('status', u.status, 'wait_json', u.wait_json),
               'worker', CAST(:worker AS text), 'fence', d.fence), u.updated_at
           FROM u, d, f)
-        SELECT u.*, f.was, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue, {NOW} AS now
+        SELECT u.*, f.was, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue, d.parent_run_id,
+          {NOW} AS now
         FROM u, d, f"""
 ).columns(*FLOW_COLUMNS)
 
@@ -332,7 +345,7 @@ def claim_step(conn: Connection, run_id: str, worker: str, lease: float, repeat:
 MET = """(d.open_members <= x.n OR (d.join_group = x.grp AND (d.join_good <= x.ok OR d.join_bad < x.n - x.ok)))"""
 _COMPLETE = sa.text(
     f"""WITH r AS (DELETE FROM flow_dispatch
-          WHERE run_id = :run_id AND kind = 'step' AND fence = :fence
+          WHERE run_id = :run_id AND kind IN ('step', 'child') AND fence = :fence
             AND worker IS NOT DISTINCT FROM CAST(:worker AS text)
           RETURNING flow_id, run_id, join_group),
         s AS (UPDATE flow_steps t SET status = :status, result_json = CAST(:result AS jsonb),

@@ -18,8 +18,8 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, and_, case, event, func, literal, or_
 
 from celery_flows.store.backoff import full_jitter
-from celery_flows.store.changes import Change, Completion, Drive, End, Member, Park, Settle, StepWrite, Wake
-from celery_flows.store.models import OPEN, OPEN_STEP, Flow, FlowStatus, FlowStep, FlowStepStatus
+from celery_flows.store.changes import ORDER, Change, Completion, Drive, End, Member, Park, Settle, StepWrite, Wake
+from celery_flows.store.models import OPEN, OPEN_STEP, Flow, FlowStatus, FlowStep
 from celery_flows.store.tables import FLOW_COLUMNS, UtcDateTime, flow_dispatch, flow_events, flow_steps, flows
 
 Row = Mapping[Any, Any]
@@ -116,14 +116,15 @@ def _schedule(conn: Connection, what: Change, at: datetime) -> int:
         conn.execute(
             sa.insert(flow_steps).values(
                 id=member.id, flow_id=what.flow_id, runtime="managed", run_id=member.run_id, task=member.task,
-                status="pending", args_json=_text(member.args), position=member.position, attempt=1, created_at=at,
-                updated_at=at,
+                status=member.status, args_json=_text(member.args), position=member.position, attempt=1,
+                child_session_key=member.child_session_key, created_at=at, updated_at=at,
             )
         )  # fmt: skip
         conn.execute(
             sa.insert(flow_dispatch).values(
-                run_id=member.run_id, flow_id=what.flow_id, kind="step", task=member.task, queue=member.queue,
-                priority=member.priority, options=member.options, due_at=due_at, publish_count=1, join_group=group,
+                run_id=member.run_id, flow_id=what.flow_id, kind=member.kind, task=member.task, queue=member.queue,
+                priority=member.priority, options=member.options, join_group=group,
+                due_at=due_at if member.child is None else None, publish_count=int(member.child is None),
             )
         )  # fmt: skip
         if number:
@@ -136,8 +137,9 @@ def _schedule(conn: Connection, what: Change, at: datetime) -> int:
 
 def _member_told(member: Member) -> str:
     step = StepWrite(
-        member.run_id, member.task, FlowStepStatus.PENDING, member.position, args=member.args, id=member.id
-    )
+        member.run_id, member.task, member.status, member.position, args=member.args, id=member.id,
+        child_session_key=member.child_session_key,
+    )  # fmt: skip
     return f'{{"run_id":"{member.run_id}","step":{step.told()}}}'
 
 
@@ -194,7 +196,13 @@ def _park(conn: Connection, what: Change, park: Park, at: datetime) -> None:
 
 
 def _end(conn: Connection, flow_id: UUID, at: datetime) -> None:
-    conn.execute(sa.delete(flow_dispatch).where(_d.flow_id == flow_id))
+    gone = conn.execute(sa.delete(flow_dispatch).where(_d.flow_id == flow_id).returning(*flow_dispatch.c)).all()
+    for row in gone:
+        if row.kind == "child":
+            _order_to_cancel(conn, flow_id, row.run_id, at)
+        if row.parent_run_id is not None:
+            mine = and_(_d.run_id == row.parent_run_id, _d.kind == "child")
+            conn.execute(sa.update(flow_dispatch).where(mine).values(due_at=at))
     closed = conn.execute(
         sa.update(flow_steps)
         .where(_s.flow_id == flow_id, _s.status.in_(_OPEN_STEPS))
@@ -203,6 +211,16 @@ def _end(conn: Connection, flow_id: UUID, at: datetime) -> None:
     )
     for run_id in closed.scalars().all():
         _append(conn, flow_id, "step_cancelled", f'{{"run_id":"{run_id}","step":{{"status":"cancelled"}}}}', at)
+
+
+def _order_to_cancel(conn: Connection, parent_id: UUID, run_id: str, at: datetime) -> None:
+    key = conn.scalar(sa.select(_s.child_session_key).where(_s.flow_id == parent_id, _s.run_id == run_id))
+    if key is None:  # an order itself
+        return
+    is_open = sa.select(flows.c.id).where(flows.c.id == UUID(key), flows.c.finished_at.is_(None))
+    if (child_id := conn.scalar(is_open)) is not None:
+        order = {"run_id": f"{ORDER}{run_id}", "flow_id": child_id, "kind": "child", "due_at": at}
+        conn.execute(sa.insert(flow_dispatch).values(order))
 
 
 # ---- start ----------------------------------------------------------------------------------------------------------
@@ -226,6 +244,7 @@ def create(conn: Connection, flow: Flow, kind: str, told: str, wait_key: str | N
             sa.insert(flow_dispatch).values(
                 run_id=str(flow.id), flow_id=flow.id, kind="drive", task=drive.task, queue=drive.queue,
                 priority=drive.priority, due_at=at + timedelta(seconds=drive.first_pause), publish_count=1,
+                parent_run_id=drive.parent_run_id,
             )
         )  # fmt: skip
     return at
@@ -353,7 +372,10 @@ def complete(conn: Connection, what: Completion) -> Row | None:
         conn.execute(
             sa.delete(flow_dispatch)
             .where(
-                _d.run_id == holder.run_id, _d.kind == "step", _d.fence == holder.fence, _d.worker.is_(holder.worker)
+                _d.run_id == holder.run_id,
+                _d.kind.in_(("step", "child")),
+                _d.fence == holder.fence,
+                _d.worker.is_(holder.worker),
             )
             .returning(_d.flow_id, _d.join_group)
         )

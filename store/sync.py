@@ -174,7 +174,7 @@ class SqlFlowStore(FlowStore):
             FlowNotFound, RevisionMismatch: nothing was written.
         """
         stored: tuple[Flow, int | None] = self.attempt(
-            Call(op.change_flow, (change,)), settled=Call(op.find_change, (change,)), **how
+            Call(op.change_operation(change), (change,)), settled=Call(op.find_change, (change,)), **how
         )
         return stored
 

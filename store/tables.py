@@ -16,7 +16,8 @@ the writer before its first try: whoever lost the reply to a commit looks for it
 lease in one.
 
 - *kind* ``drive``: the flow function of this flow, from start to the terminal transition; ``step``: one Celery step,
-  until it is closed; ``child``: a child flow in its parent's name; ``look``: an external event yet to be handed over.
+  until it is closed; ``child``: a child flow in its parent's name, due when the child has ended (or, under a run id
+  that says so, the order to cancel a child whose parent has ended); ``look``: an external event yet to be handed over.
   A flow that no definition drives has a drive row without ``task`` while it waits; the sweep settles that itself.
 - ``due_at`` is when somebody must look again: to publish once more, to end a lease, to fire a timer. NULL: at rest.
 - ``publish_count > 0`` says "published, waiting for a worker"; that alone makes a row claimable before ``due_at``.
@@ -228,6 +229,7 @@ flow_dispatch = sa.Table(
     sa.Column("join_group", sa.Integer(), nullable=False, server_default="0"),
     sa.Column("join_good", sa.Integer(), nullable=False, server_default="0"),
     sa.Column("join_bad", sa.Integer(), nullable=False, server_default="0"),
+    sa.Column("parent_run_id", sa.Text()),  # of a child flow's drive row: the step that it is of its parent
     _one_of("kind", DISPATCH_KINDS, "kind"),
     _partial("ix_flow_dispatch_due_at", "due_at IS NOT NULL", "due_at"),
     sa.Index("ix_flow_dispatch_flow_id", "flow_id"),

@@ -22,6 +22,7 @@ from celery_flows.store import (
     InvalidData,
     LeaseLost,
     RevisionMismatch,
+    StepRuntime,
     StoreError,
     dispatch,
     transitions,
@@ -33,6 +34,7 @@ from celery_flows.store.dispatch import DriveClaim
 from celery_flows.store.models import TERMINAL
 from celery_flows.store.script import Call
 from celery_flows.store.waits import ExternalEventWait, TimerWait, event_key, wait_json
+from celery_flows.tasks.children import cancel_child, settle_child
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import FlowCancelled
 from celery_flows.tasks.payloads import describe
@@ -177,6 +179,9 @@ class Driver:
             self._write(outcome, drive=End(), illegal_after_cancel=outcome != self._cancelled)
         except FlowCancelled:
             self._end(self._cancelled)
+        else:
+            if (run_id := self._claim.parent_run_id) is not None:
+                settle_child(self.runtime, run_id)
 
     def _cancelled(self) -> tuple[str, dict[str, Any]]:
         return "cancelled", {"status": FlowStatus.CANCELLED, "cancel_requested": True, "wait_json": None}
@@ -194,11 +199,21 @@ class Driver:
         self._end(failed)
 
     def _drain(self) -> None:
-        """Cancelling and failing begin here: members nobody has claimed are cancelled, the others waited for."""
+        """Cancelling and failing begin here: members nobody has claimed are cancelled, children asked to cancel, and
+        what is out is waited for."""
         with self._unwinding():
             left = self.runtime.store.run(dispatch.drain, self.flow.id, self._holder)
+            if left:
+                self._cancel_children()
         if left:
             self._park_and_suspend(None)
+
+    def _cancel_children(self) -> None:
+        """Asks those that are out to cancel, each in a transaction of its own; done again if this driver is lost."""
+        for step in self.history.values():
+            is_child = step.runtime is StepRuntime.MANAGED and step.child_session_key is not None
+            if is_child and not step.status.is_terminal:
+                cancel_child(self.runtime, UUID(step.child_session_key))
 
     # ---- what Run asks ----
 
@@ -219,6 +234,10 @@ class Driver:
         days = self.runtime.settings.timer_horizon_days
         if days is not None and at > self.now() + timedelta(days=days):
             raise InvalidData("timer", f"is more than {days:g} days away (flow_timer_horizon_days)")
+
+    def cancel_was_requested(self) -> bool:
+        """Whether the flow is to be cancelled, as far as is known here."""
+        return self._cancel_requested
 
     def must_stop(self, *, cleaning: bool) -> bool:
         """Asked before anything new happens; True: the flow is cancelled, and has not been told yet.
@@ -284,13 +303,14 @@ class Driver:
                 drive=Park(self._holder, self._claim.wakes, None, join), illegal_after_cancel=not cleanup,
             )  # fmt: skip
         self._over = True
-        self.runtime.publisher.publish(
-            *(
-                dispatch.Hint(m.run_id, self.flow.id, "step", m.task, m.queue, m.priority, dict(m.options or {}))
-                for m in members
-            )
-        )
+        self.runtime.publisher.publish(*(self._hint_of(member) for member in members))
         raise Suspended
+
+    def _hint_of(self, member: Member) -> dispatch.Hint:
+        if (child := member.child) is not None:
+            return dispatch.Hint(str(child.id), child.id, "drive", member.task, member.queue)
+        options = dict(member.options or {})
+        return dispatch.Hint(member.run_id, self.flow.id, "step", member.task, member.queue, member.priority, options)
 
     def wait(self, timer: TimerWait, step: StepWrite) -> NoReturn:
         """Parks the flow until the timer is due, in one transaction, and suspends."""

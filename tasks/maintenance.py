@@ -12,6 +12,7 @@ from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, healt
 from celery_flows.store.audit import Finding
 from celery_flows.store.changes import Completion, Holder
 from celery_flows.store.dispatch import Swept
+from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import StepLost
 from celery_flows.tasks.runtime import Runtime
@@ -35,7 +36,7 @@ class SweepReport:
     published: int = 0
     lost: int = 0  # given up after too many crashes
     handed_over: int = 0  # external events
-    settled: int = 0  # waits of flows that no definition drives
+    settled: int = 0  # children that have ended, or are to be cancelled; waits of flows that no definition drives
 
 
 def sweep(runtime: Runtime) -> SweepReport:
@@ -54,8 +55,11 @@ def sweep(runtime: Runtime) -> SweepReport:
     published = runtime.publisher.publish(*hints)
     unsettled = runtime.store.run(dispatch.list_unsettled, settings.sweep_limit)
     handed_over = sum(_hand_over_event(runtime, row.run_id) for row in unsettled if row.kind == "look")
-    ticked = WaitEngine(runtime.store).settle([row.flow_id for row in unsettled if row.flow_id is not None])
-    report = SweepReport(len(swept), published, len(lost), handed_over, ticked.resumed + ticked.cancelled)
+    seen_to = sum(settle_child(runtime, row.run_id) for row in unsettled if row.kind == "child")
+    undriven = [row.flow_id for row in unsettled if row.kind == "drive" and row.flow_id is not None]
+    ticked = WaitEngine(runtime.store).settle(undriven)
+    settled = seen_to + ticked.resumed + ticked.cancelled
+    report = SweepReport(len(swept), published, len(lost), handed_over, settled)
     if any(asdict(report).values()):
         log.info("swept: %s", ", ".join(f"{count} {name}" for name, count in asdict(report).items() if count))
     return report

@@ -9,12 +9,16 @@ from celery import Celery, Signature
 from celery_flows.store.changes import Member
 from celery_flows.store.errors import InvalidData
 from celery_flows.store.validation import check_name, encode_json
+from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.payloads import ANY, Codec, result_codec
 
 # What would make the broker, or Celery's canvas, the keeper of something that only the store may keep.
 REFUSED_OPTIONS = ("countdown", "eta", "expires", "link", "link_error", "chord")
 MAX_PRIORITY = 255  # AMQP's is a byte
 LIMITS = ("time_limit", "soft_time_limit")
+
+
+AnyMember = Signature[Any] | ChildFlow[Any]
 
 
 def task_name(signature: Any) -> str:
@@ -24,7 +28,7 @@ def task_name(signature: Any) -> str:
         InvalidData: it is no signature of a single task.
     """
     if not isinstance(signature, Signature):
-        raise InvalidData("gather", f"takes Celery signatures, task.s(…), not {type(signature).__name__}")
+        raise InvalidData("gather", f"takes task.s(…) and flow.s(…), not {type(signature).__name__}")
     if signature.subtask_type:
         raise InvalidData("step", f"a Celery {signature.subtask_type} is no step: gather its tasks instead")
     return check_name("step", signature.task)
@@ -75,7 +79,18 @@ def member_of(
     )
 
 
-def codec_of(app: Celery, signature: Signature[Any]) -> Codec:
-    """How the step's result is read back: by the return annotation of its task's function."""
-    task = app.tasks.get(task_name(signature))
+def member_name(member: AnyMember) -> str:
+    """The name a member of a gather goes by: its task's or its flow's.
+
+    Raises:
+        InvalidData: it is neither a signature of a single task nor a flow.
+    """
+    return member.definition.name if isinstance(member, ChildFlow) else task_name(member)
+
+
+def codec_of(app: Celery, member: AnyMember) -> Codec:
+    """How the member's result is read back: by the return annotation of its task's or flow's function."""
+    if isinstance(member, ChildFlow):
+        return member.definition.output
+    task = app.tasks.get(task_name(member))
     return ANY if task is None else result_codec(task.run)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
 from celery_flows.store.errors import InvalidData
 from celery_flows.store.validation import check_name
+from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.errors import UnknownFlow
 from celery_flows.tasks.payloads import Codec, codec_for
 
@@ -60,6 +62,22 @@ class FlowDefinition(Generic[In, Out]):
         from celery_flows.tasks.start import start
 
         return start(self._runtime, self, input, key=key, owner=owner, goal=goal, transaction=session)
+
+    def s(self, input: In | None = None) -> ChildFlow[Out]:
+        """This flow with an input, to be run as a step of another: ``run.gather(definition.s(each) for each in …)``."""
+        return ChildFlow(self, input)
+
+    def encoded_input(self, input: Any) -> Any:
+        """The input as it is stored.
+
+        Raises:
+            InvalidData: it is not what the function takes, or cannot be JSON.
+        """
+        if self.takes_input:
+            return json.loads(self.input.encode("input", input, self._runtime.settings.max_payload_bytes))
+        if input is not None:
+            raise InvalidData("input", f"flow {self.name!r} takes none")
+        return None
 
 
 def _codecs(name: str, function: Callable[..., Any]) -> tuple[bool, Codec, Codec]:

@@ -16,15 +16,19 @@ from celery_flows.store.changes import StepWrite
 from celery_flows.store.clock import as_utc
 from celery_flows.store.validation import check_name
 from celery_flows.store.waits import ExternalEventWait, TimerWait
+from celery_flows.tasks.children import ChildFlow, child_member
 from celery_flows.tasks.errors import FlowCancelled, StepFailed, StepLost, WaitTimedOut
-from celery_flows.tasks.members import codec_of, member_of, task_name
+from celery_flows.tasks.members import AnyMember, codec_of, member_name, member_of
 from celery_flows.tasks.payloads import Codec, describe, read_back, result_codec
 
 if TYPE_CHECKING:
     from celery_flows.tasks.drive import Driver
+    from celery_flows.tasks.registry import FlowDefinition
 
 P = ParamSpec("P")
 T = TypeVar("T")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 WAIT_TIMED_OUT = WaitTimedOut.__name__
 
@@ -72,17 +76,28 @@ class Run:
             return self.gather([work.s(*args, **kwargs) if isinstance(work, Task) else work])[0]
         return self._inline(work, args, kwargs)
 
-    def gather(self, members: Iterable[Signature[T]]) -> list[T]:
-        """Runs Celery signatures side by side, each a step, and gives their results in order when all have succeeded.
+    def flow(self, definition: FlowDefinition[In, Out], input: In | None = None, /) -> Out:
+        """Runs another flow as a step of this one, with this one's owner, and gives its result. If this flow is
+        cancelled, so is that one, before this one cleans up.
+
+        Raises:
+            StepFailed: it failed or was cancelled.
+            InvalidData: the input is not what it takes, or cannot be JSON.
+        """
+        return self.gather([definition.s(input)])[0]
+
+    def gather(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> list[T]:
+        """Runs Celery signatures (``task.s(…)``) and flows (``definition.s(input)``) side by side, each a step, and
+        gives their results in order when all have succeeded.
 
         Raises:
             StepFailed: the first of them, in order, that failed for good.
             InvalidData: arguments cannot be JSON; none was scheduled.
         """
         signatures = list(members)
-        identities = [self._identify(task_name(signature)) for signature in signatures]
+        identities = [self._identify(member_name(signature)) for signature in signatures]
         known = [self._driver.history.get(run_id) for run_id, _ in identities]
-        if any(step is not None and step.status is FlowStepStatus.FAILED for step in known):
+        if any(step is not None and self._has_failed(step) for step in known):
             self._outcome(self._first_failure([run_id for run_id, _ in identities]), None)
         if any(step is None or not step.status.is_terminal for step in known):
             self._join(list(zip(identities, signatures, known, strict=True)))
@@ -98,17 +113,26 @@ class Run:
         if any(run_id in history and not history[run_id].status.is_terminal for run_id in run_ids):
             self._driver.settle_members()
             history = self._driver.history
-        members = (history[run_id] for run_id in run_ids if run_id in history)
-        return next(step for step in members if step.status is FlowStepStatus.FAILED)
+        members = [history[run_id] for run_id in run_ids if run_id in history]
+        failed = [step for step in members if step.status is FlowStepStatus.FAILED]
+        return failed[0] if failed else next(filter(self._has_failed, members))
 
-    def _join(self, steps: list[tuple[tuple[str, int], Signature[Any], FlowStep | None]]) -> None:
+    def _has_failed(self, step: FlowStep) -> bool:
+        """A child flow may be cancelled for itself; its parent is not, and takes that for a failure."""
+        if step.status is FlowStepStatus.CANCELLED:
+            return step.child_session_key is not None and not self._driver.cancel_was_requested()
+        return step.status is FlowStepStatus.FAILED
+
+    def _join(self, steps: list[tuple[tuple[str, int], AnyMember, FlowStep | None]]) -> None:
         """Schedules the members that are not, and suspends the flow until all have succeeded or one has failed."""
         missing = [(identity, signature) for identity, signature, step in steps if step is None]
         if missing:
             self._new_step()
         limit, cleanup = self._driver.max_payload_bytes, self._cleaning
         members = [
-            member_of(self._driver.app, run_id, position, signature, limit, cleanup=cleanup)
+            child_member(self._driver.flow, run_id, position, signature, cleanup=cleanup)
+            if isinstance(signature, ChildFlow)
+            else member_of(self._driver.app, run_id, position, signature, limit, cleanup=cleanup)
             for (run_id, position), signature in missing
         ]
         succeeded = sum(step is not None and step.status is FlowStepStatus.SUCCEEDED for _, _, step in steps)
@@ -250,6 +274,8 @@ class Run:
         assert step is not None
         if step.status is FlowStepStatus.SUCCEEDED:
             return step.result_json if codec is None else codec.decode(f"result of step {step.task}", step.result_json)
+        if step.status is FlowStepStatus.CANCELLED and self._has_failed(step):
+            raise StepFailed(step.task, FlowCancelled.__name__, "the flow was cancelled")
         if step.status is FlowStepStatus.CANCELLED:
             self._cleaning = True
             raise FlowCancelled(self.flow_id)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from celery_flows.store import Flow, FlowNotFound, InvalidData, KeyConflict, StartPending, StoreError
+from celery_flows.store import Flow, FlowNotFound, KeyConflict, StartPending, StoreError
 from celery_flows.store import operations as op
 from celery_flows.store.changes import Drive
 from celery_flows.store.dispatch import Hint
@@ -36,7 +35,7 @@ def start(
         goal=goal,
         owner_session_key=owner,
         idempotency_key=key,
-        input_json=_encoded_input(runtime, definition, input),
+        input_json=definition.encoded_input(input),
     )
     drive = Drive(definition.name, definition.queue, first_pause=runtime.first_pause)
     caller = None if transaction is None else transaction_of(transaction)
@@ -57,14 +56,6 @@ def start(
     else:
         after_commit(caller, lambda: runtime.publisher.publish(hint))
     return FlowHandle(runtime, flow.id, definition)
-
-
-def _encoded_input(runtime: Runtime, definition: FlowDefinition[Any, Any], input: Any) -> Any:
-    if not definition.takes_input:
-        if input is not None:
-            raise InvalidData("input", f"flow {definition.name!r} takes none")
-        return None
-    return json.loads(definition.input.encode("input", input, runtime.settings.max_payload_bytes))
 
 
 def _existing(store: Any, flow: Flow, key: str) -> Flow:

@@ -1,0 +1,80 @@
+"""Child flows: a flow as a step of another, and what is done in either one's name when the other ends."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from uuid import UUID
+
+from celery_flows.store import AlreadyTerminal, Flow, FlowError, FlowNotFound, children, dispatch
+from celery_flows.store.changes import Member
+from celery_flows.store.validation import check_name, encode_json
+
+if TYPE_CHECKING:
+    from celery_flows.tasks.registry import FlowDefinition
+    from celery_flows.tasks.runtime import Runtime
+
+log = logging.getLogger("celery_flows.children")
+
+Out = TypeVar("Out")
+
+
+@dataclass(frozen=True, slots=True)
+class ChildFlow(Generic[Out]):
+    """A flow to be run as a step of another. Make one with ``definition.s(input)``."""
+
+    definition: FlowDefinition[Any, Out]
+    input: Any
+
+
+def child_member(parent: Flow, run_id: str, position: int, child: ChildFlow[Any], *, cleanup: bool) -> Member:
+    """The rows of a child flow: its parent's owner is its own.
+
+    Raises:
+        InvalidData: the input is not what it takes, or cannot be JSON.
+    """
+    definition = child.definition
+    flow = Flow(
+        controller_id=definition.name,
+        owner_session_key=parent.owner_session_key,
+        parent_flow_id=parent.id,
+        input_json=definition.encoded_input(child.input),
+    )
+    queue = definition.queue if definition.queue is None else check_name("queue", definition.queue)
+    args = encode_json("child", {"cleanup": True} if cleanup else {})
+    return Member(run_id, check_name("step", definition.name), position, args, queue, child=flow)
+
+
+def cancel_child(runtime: Runtime, flow_id: UUID) -> None:
+    """Asks a child to cancel, and calls its driver; one that has ended is left alone."""
+    with suppress(AlreadyTerminal, FlowNotFound):
+        runtime.manager.request_cancel(flow_id)
+        runtime.publisher.publish(*filter(None, [runtime.store.run(dispatch.find_hint, str(flow_id))]))
+
+
+def settle_child(runtime: Runtime, run_id: str) -> bool:
+    """Sees to a due row of a child: closes its parent's step, or carries out the order to cancel it. Never raises: the
+    row stays due for the next sweep."""
+    try:
+        return _cancel(runtime, run_id) if children.is_order(run_id) else _close(runtime, run_id)
+    except FlowError as error:
+        log.warning("child %s is not settled yet (%s)", run_id, type(error).__name__)
+        return False
+
+
+def _cancel(runtime: Runtime, run_id: str) -> bool:
+    child_id = runtime.store.run(children.child_to_cancel, run_id)
+    if child_id is None:
+        return False
+    cancel_child(runtime, child_id)
+    runtime.store.run(children.drop_order, run_id)
+    return True
+
+
+def _close(runtime: Runtime, run_id: str) -> bool:
+    settled = runtime.store.run(children.settle_child, run_id)
+    if settled is not None and settled.woke:
+        runtime.publisher.publish(*filter(None, [runtime.store.run(dispatch.find_hint, str(settled.flow_id))]))
+    return settled is not None
