@@ -18,9 +18,11 @@ from celery_flows import (
     Run,
     StepFailed,
 )
+from celery_flows.store.engines import make_engine
 from celery_flows.store.tables import flow_dispatch, flows
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
+from tests.support.faults import Died, MortalStore, Strikes
 
 
 class Family:
@@ -283,3 +285,33 @@ def test_the_parents_records_outlive_the_child(family: Family) -> None:
     assert bench.sweep().settled == 1
     with pytest.raises(FlowFailed, match="was deleted"):
         bench.finish(handle)
+
+
+def test_a_death_at_any_call_while_cancelling_leaves_no_child_behind(
+    make_bench: MakeBench, engine_database: str
+) -> None:
+    struck = []
+    for at in range(1, 60):
+        store = MortalStore(make_engine(engine_database))
+        survivor, mortal = Family(make_bench()), Family(make_bench(store=store))
+        handle = survivor.parent.start(["waiting one", "two"])
+        survivor.bench.work()
+        handle.cancel()
+        store.strike(at, Strikes.BEFORE)
+        try:
+            mortal.bench.work()
+        except Died:
+            struck.append(str(store.struck))
+        store.close()
+        for _ in range(20):
+            survivor.bench.recover()
+        assert handle.status() is FlowStatus.CANCELLED
+        statuses = {name: child.status() for name, child in survivor.children_of(handle).items()}
+        assert statuses == {"waiting one": FlowStatus.CANCELLED, "two": FlowStatus.FINISHED}
+        done = mortal.effects + survivor.effects
+        assert done.index("waiting one undone") < done.index("parent undone")
+        assert survivor.rows_left() == []
+        if store.struck is None:
+            break
+    assert {"claim_drive", "drain", "change_flow", "park", "settle_child", "find_hint"} <= set(struck)
+    assert len(struck) > 15
