@@ -196,6 +196,7 @@ def test_what_is_installed_for_the_first_page_can_be(tmp_path: Path) -> None:
 
 INSTALL = "pip install ."
 MIGRATE, WORKER, BEAT = "celery -A shop flow migrate", "celery -A shop worker", "celery -A shop beat"
+DOCTOR = "celery -A shop flow doctor"
 
 # What the snippet takes for granted: an order of the application's, in a table of its own beside ours.
 BEFORE_THE_SNIPPET = """
@@ -227,7 +228,7 @@ print(handle.result())
 """
 
 
-@tries(INSTALL, MIGRATE, WORKER, BEAT, "handle.result(timeout=60)")
+@tries(INSTALL, MIGRATE, WORKER, BEAT, DOCTOR, "handle.result(timeout=60)")
 def test_added_to_an_app_with_postgresql_and_redis(tmp_path: Path, databases: Databases, redis_server: Broker) -> None:
     write_shop(tmp_path)
     snippet = block_with("handle.result(timeout=60)")
@@ -244,6 +245,8 @@ def test_added_to_an_app_with_postgresql_and_redis(tmp_path: Path, databases: Da
             assert ended.returncode == 0, f"{ended.stderr}\n{worker.output}"
             assert ended.stdout == "paid 3600 for order-2, approved by Ada\n"
             until(lambda: list(tmp_path.glob("celerybeat-schedule*")), "beat has its schedule", within_seconds=20)
+            examined = project.run(*DOCTOR.split())
+            assert (examined.returncode, examined.stdout) == (0, "ready, 0 findings\n")
             for running in (beat, worker):
                 running.look()
                 running.send(signal.SIGTERM)

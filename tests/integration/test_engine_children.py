@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -18,6 +20,7 @@ from celery_flows import (
     Run,
     StepFailed,
 )
+from celery_flows.store import CancelPending
 from celery_flows.store.engines import make_engine
 from celery_flows.store.tables import flow_dispatch, flows
 from tests.integration.conftest import MakeBench
@@ -315,3 +318,25 @@ def test_a_death_at_any_call_while_cancelling_leaves_no_child_behind(
             break
     assert {"claim_drive", "drain", "change_flow", "park", "settle_child", "find_hint"} <= set(struck)
     assert len(struck) > 15
+
+
+def test_ends_of_parent_and_children_at_once_leave_nothing_behind(family: Family) -> None:
+    def fail(flow_id: UUID) -> None:
+        with suppress(CancelPending):  # its parent was faster
+            bench.flows.manager.fail(flow_id, "no more")
+
+    bench, names = family.bench, [f"waiting {number}" for number in range(4)]
+    for _ in range(8):
+        handle = family.parent.start(names)
+        bench.work()
+        children = list(family.children_of(handle).values())
+        with ThreadPoolExecutor(8) as pool:
+            ends: list[Future[Any]] = [pool.submit(fail, child.id) for child in children]
+            ends += [pool.submit(bench.flows.manager.cancel, handle.id)]
+            ends += [pool.submit(bench.sweep) for _ in range(3)]
+            [each.result(30) for each in ends]
+        for _ in range(4):
+            bench.recover()
+        assert handle.status() is FlowStatus.CANCELLED
+        assert {child.status() for child in children} <= {FlowStatus.FAILED, FlowStatus.CANCELLED}
+        assert family.rows_left() == []
