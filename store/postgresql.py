@@ -13,6 +13,7 @@ Three rules hold throughout (each stands here because its absence was seen to lo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -387,8 +388,8 @@ _SWEEP = sa.text(
           ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED)
         UPDATE flow_dispatch d SET worker = NULL, publish_count = d.publish_count + 1,
           crash_count = d.crash_count + CASE WHEN d.worker IS NULL THEN 0 ELSE 1 END,
-          due_at = {NOW} + make_interval(secs => least(
-            CAST(:first AS double precision) * (1 << least(d.publish_count, 20)), CAST(:cap AS double precision)))
+          due_at = {NOW} + make_interval(secs => least(CAST(:cap AS double precision),
+            CAST(:first AS double precision) * (1 << least(greatest(d.publish_count - 1, 0), 20))))
         FROM c WHERE d.run_id = c.run_id
         RETURNING d.run_id, d.flow_id, d.kind, d.task, d.queue, d.priority, d.options, d.fence, d.crash_count,
           d.publish_count, c.was_held"""
@@ -451,6 +452,11 @@ def engine_options() -> dict[str, Any]:
 def writing(engine: sa.Engine, *, single: bool) -> sa.Engine:
     """The engine to write through; one-statement transitions need no BEGIN and COMMIT round trips."""
     return engine.execution_options(isolation_level="AUTOCOMMIT") if single else engine
+
+
+def transaction(engine: sa.Engine) -> AbstractContextManager[Connection]:
+    """A transaction."""
+    return engine.begin()
 
 
 def reading(engine: sa.Engine) -> sa.Engine:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -19,6 +20,7 @@ from sqlalchemy import Connection, and_, case, event, func, literal, or_
 
 from celery_flows.store.backoff import full_jitter
 from celery_flows.store.changes import ORDER, Change, Completion, Drive, End, Member, Park, Settle, StepWrite, Wake
+from celery_flows.store.forks import ForkGate
 from celery_flows.store.models import OPEN, OPEN_STEP, Flow, FlowStatus, FlowStep
 from celery_flows.store.tables import FLOW_COLUMNS, UtcDateTime, flow_dispatch, flow_events, flow_steps, flows
 
@@ -429,7 +431,7 @@ def sweep(conn: Connection, limit: int, first: float, cap: float) -> list[Row]:
 
 
 def _swept(conn: Connection, row: Row, at: datetime, first: float, cap: float) -> Row:
-    pause = min(first * (1 << min(row["publish_count"], 20)), cap)
+    pause = min(first * (1 << min(max(row["publish_count"] - 1, 0), 20)), cap)
     crashes = row["crash_count"] + (row["worker"] is not None)
     values = {
         "worker": None,
@@ -534,6 +536,16 @@ def writing(engine: sa.Engine, *, single: bool) -> sa.Engine:
 
 def reading(engine: sa.Engine) -> sa.Engine:
     return engine
+
+
+_forks = ForkGate()
+
+
+@contextmanager
+def transaction(engine: sa.Engine) -> Iterator[Connection]:
+    """A transaction, in which no other thread of this process forks: the child would find the database locked."""
+    with _forks.transaction(), engine.begin() as connection:
+        yield connection
 
 
 def snapshot(engine: sa.Engine) -> sa.Engine:

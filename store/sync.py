@@ -42,6 +42,7 @@ class SqlFlowStore(FlowStore):
         database = dialect_of(engine)
         if database is sqlite:
             sqlite.prepare(engine)
+        self._transaction = database.transaction
         self._engines = {
             Mode.READ: database.reading(engine),
             Mode.SNAPSHOT: database.snapshot(engine),
@@ -108,7 +109,8 @@ class SqlFlowStore(FlowStore):
         if isinstance(step, Pause):
             time.sleep(step.seconds)
             return None
-        with self._engines[step.operation.mode].begin() as connection:  # type: ignore[attr-defined]
+        engine = self._engines[step.operation.mode]  # type: ignore[attr-defined]
+        with self._transaction(engine) as connection:
             return step.operation(connection, *step.args, **step.kwargs)
 
     # ---- the contract ----

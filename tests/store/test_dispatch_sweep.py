@@ -28,7 +28,8 @@ def test_a_row_nobody_came_for_is_published_again_after_a_growing_pause(driving:
         row = driving.row(flow.id)
         pauses.append(round((row["due_at"] - driving.now()).total_seconds(), -1))
         assert driving.sweep() == [], "not before its pause has passed"
-    assert pauses == [20, 40, 40, 40] or pauses == [20, 40, 50, 40]
+    assert pauses[:2] == [10, 20]
+    assert all(pause in (40, 50) for pause in pauses[2:])  # the cap, rounded
     assert row["publish_count"] == 5
     assert row["crash_count"] == 0
     driving.claimed(flow.id)
