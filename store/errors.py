@@ -129,7 +129,14 @@ class StartPending(FlowError):
 
 
 class StoreError(FlowError):
-    """The database refused an operation or could not be reached. The driver's own error is ``__cause__``."""
+    """The database refused an operation or could not be reached. The driver's own error is ``__cause__``.
+
+    ``is_passing``: it was away or busy, and the same may succeed later; else it refused, and will again.
+    """
+
+    def __init__(self, message: str, *, is_passing: bool = False) -> None:
+        self.is_passing = is_passing
+        super().__init__(message)
 
 
 class SchemaOutdated(StoreError):

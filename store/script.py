@@ -131,7 +131,8 @@ def translated(error: SQLAlchemyError) -> StoreError:
     if is_lost(error) or isinstance(error, OperationalError):
         return StoreError(
             f"the database could not be reached or was interrupted ({first_line(error)}): "
-            "check flow_store_url (FLOW_STORE_URL), and that the server is up"
+            "check flow_store_url (FLOW_STORE_URL), and that the server is up",
+            is_passing=True,
         )
     if not isinstance(error, DBAPIError):
         return StoreError(f"the database cannot be used: {first_line(error)}")

@@ -88,11 +88,12 @@ def surely_held(runtime: Runtime, holder: Holder, until: float) -> float:
 
 def let_go(runtime: Runtime, holder: Holder, error: BaseException) -> None:
     """Gives up a lease because of an exception that ends more than the work: unharmed if this process was told to stop
-    or the store is out of reach; as a crash if the work itself wanted to end the process."""
-    told = isinstance(error, WorkerShutdown | WorkerTerminate | KeyboardInterrupt | FlowError)
-    stopped = told or runtime.stopping.is_set()
+    or the database was away; as a crash, so that it has an end, if the work itself wanted to end the process or the
+    database refuses what came of it."""
+    told = isinstance(error, WorkerShutdown | WorkerTerminate) or runtime.stopping.is_set()
+    unharmed = told or (isinstance(error, StoreError) and error.is_passing)
     with suppress(FlowError):
-        runtime.store.run(dispatch.hand_back if stopped else dispatch.end_lease, holder)
+        runtime.store.run(dispatch.hand_back if unharmed else dispatch.end_lease, holder)
 
 
 class Driver:
@@ -414,8 +415,7 @@ class Driver:
         self._over = True
         log.warning("flow %s: driving stops (%s)", self.flow.id, type(reason).__name__)
         if not isinstance(reason, LeaseLost):
-            with suppress(FlowError):
-                self.runtime.store.run(dispatch.hand_back, self._holder)
+            let_go(self.runtime, self._holder, reason)
 
 
 class _Unwinding:

@@ -14,7 +14,7 @@ from celery._state import _task_stack  # type: ignore[attr-defined]
 from celery.app.trace import task_has_custom
 from celery.exceptions import Ignore, Reject, Retry
 
-from celery_flows.store import FlowStepStatus, InvalidData, LeaseLost, dispatch
+from celery_flows.store import FlowStepStatus, InvalidData, LeaseLost, StoreError, dispatch
 from celery_flows.store.changes import Completion
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import StepClaim
@@ -56,7 +56,12 @@ def run_step(runtime: Runtime, run_id: str, delivery: Delivery) -> None:
     except LeaseLost as lost:
         log.info("%s", lost)
         return
-    _settle(runtime, claim, _attempt(runtime, claim, task, delivery), delivery)
+    outcome = _attempt(runtime, claim, task, delivery)
+    try:
+        _settle(runtime, claim, outcome, delivery)
+    except StoreError as error:
+        let_go(runtime, claim.holder, error)
+        raise
 
 
 Outcome = Completion | Retry

@@ -10,6 +10,7 @@ from celery import Celery
 from celery.worker.request import Request
 
 from celery_flows.store import InvalidData
+from celery_flows.tasks.celery_tasks import START_TASK
 from celery_flows.tasks.publish import DRIVE_TASK, STEP_TASK
 
 REFUSED = {
@@ -33,6 +34,18 @@ def check_pool(worker: Any) -> None:
         )
     if getattr(worker, "pool_start_method", "fork") != "fork":
         raise InvalidData("worker_pool_start_method", "must be fork: the processes of a worker share what it knows")
+
+
+def keep_inputs_out_of_events(app: Celery) -> None:
+    """``flows.start`` alone carries an input in its message; its events, and so Flower, are not to show it."""
+
+    class StartRequest(Request):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self._argsrepr, self._kwargsrepr = "()", "{}"
+
+    task: Any = app.tasks[START_TASK]
+    task.Request = StartRequest
 
 
 def tell_of_lost_processes(app: Celery, lost: Callable[[Any], None]) -> None:

@@ -3,6 +3,7 @@ recorded step runs again."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -11,7 +12,7 @@ import pytest
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 
 from celery_flows import FlowFailed, FlowHandle, FlowStatus, FlowStepStatus, Run, StepFailed, StepLost
-from celery_flows.store import dispatch
+from celery_flows.store import StoreError, dispatch
 from celery_flows.store.engines import make_engine
 from celery_flows.store.tables import flow_inbox, flows
 from celery_flows.tasks.runtime import claim_token
@@ -313,7 +314,7 @@ def test_progress_forgives_crashes(make_bench: MakeBench, engine_database: str) 
 
 # How a call that ends more than itself leaves its row: a worker that was told to stop is not the work's fault.
 endings = pytest.mark.parametrize(
-    ("ending", "crashes"), [(WorkerShutdown, 0), (WorkerTerminate, 0), (KeyboardInterrupt, 0), (SystemExit, 1)]
+    ("ending", "crashes"), [(WorkerShutdown, 0), (WorkerTerminate, 0), (KeyboardInterrupt, 1), (SystemExit, 1)]
 )
 
 
@@ -366,6 +367,57 @@ def test_what_ends_a_steps_process_is_a_crash_unless_the_worker_was_told_to_stop
     [_, row] = bench.rows(handle.id)
     assert (row.worker, row.crash_count) == (None, crashes)
     assert bench.finish(handle) == 1
+
+
+REFUSE = {
+    "sqlite": [
+        """CREATE TRIGGER refuse BEFORE INSERT ON flow_events WHEN NEW.kind = 'step_succeeded'
+           BEGIN SELECT RAISE(ABORT, 'no more space'); END"""
+    ],
+    "postgresql": [
+        """CREATE FUNCTION refuse() RETURNS trigger AS $$ BEGIN
+           IF NEW.kind = 'step_succeeded' THEN RAISE EXCEPTION 'no more space'; END IF; RETURN NEW; END $$
+           LANGUAGE plpgsql""",
+        "CREATE TRIGGER refuse BEFORE INSERT ON flow_events FOR EACH ROW EXECUTE FUNCTION refuse()",
+    ],
+}
+ALLOW = {"sqlite": ["DROP TRIGGER refuse"], "postgresql": ["DROP FUNCTION refuse CASCADE"]}
+
+
+@pytest.mark.parametrize("way", ["inline", "step"])
+def test_an_outcome_that_the_database_refuses_is_not_tried_for_ever(make_bench: MakeBench, way: str) -> None:
+    bench, runs = make_bench(max_crashes=3), []
+
+    def work() -> int:
+        runs.append(way)
+        return len(runs)
+
+    task = bench.task("work")(work)
+
+    @bench.flows.flow("refused")
+    def refused(run: Run) -> int:
+        return run.step(task if way == "step" else work)
+
+    handle = refused.start()
+    kind = bench.store.engine.dialect.name
+    with bench.store.engine.begin() as connection:
+        for statement in REFUSE[kind]:
+            connection.exec_driver_sql(statement)
+    try:
+        for _ in range(10):
+            for kind_of_row, run_id in bench.claimable():
+                with suppress(StoreError):
+                    bench.drive(UUID(run_id)) if kind_of_row == "drive" else bench.run_step(run_id)
+            bench.sweep()
+    finally:
+        with bench.store.engine.begin() as connection:
+            for statement in ALLOW[kind]:
+                connection.exec_driver_sql(statement)
+    bench.work()
+    assert len(runs) == 3
+    assert (handle.status(), (handle.get().error_json or {})["type"]) == (
+        FlowStatus.FAILED, "DriverLost" if way == "inline" else "StepLost",
+    )  # fmt: skip
 
 
 def test_work_that_its_parent_released_too_often_is_given_up(bench: Bench) -> None:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 from celery import Celery, Task, signals
 from pydantic import BaseModel
 
-from celery_flows import FlowDefinition, Flows, Run
+from celery_flows import FlowDefinition, Flows, Run, StepFailed
+from celery_flows.store import SqlFlowStore
+from celery_flows.store.clock import boottime
+from celery_flows.store.engines import make_engine
 from tests.support.effects import EffectLog
 
 # What a shop process is told by its environment.
 BROKER, DATABASE, QUEUE, EFFECTS, READY = "SHOP_BROKER", "SHOP_DATABASE", "SHOP_QUEUE", "SHOP_EFFECTS", "SHOP_READY"
+USED_EARLY = "SHOP_USED_EARLY"  # there at all: the store is used at import, before the pool forks
+GIVEN = "SHOP_GIVEN"  # there at all: the shop makes its store itself
+CONF = "SHOP_CONF"  # settings of its Celery app, as JSON
+DEFAULTS = "SHOP_DEFAULTS"  # there at all: durations are as in a real shop
+# Short, so that tests of recovery are: a real shop leaves these as they are.
+SHORT = {"flow_lease_seconds": 3, "flow_sweep_seconds": 0.2, "flow_republish_seconds": 2}
 HOLD_SECONDS = 60.0  # how long a held step holds if nobody releases it
 
 
@@ -36,6 +48,12 @@ class Shop:
     fulfil: FlowDefinition[Order, dict[str, Any]]
     held_step: FlowDefinition[str, str]
     held_inline: FlowDefinition[str, str]
+    many_inline: FlowDefinition[int, int]
+    delayed: FlowDefinition[float, str]
+    swollen: FlowDefinition[list[int], list[int]]
+    private: FlowDefinition[str, str]
+    retried: FlowDefinition[str, str]
+    undone: FlowDefinition[str, None]
     greet: Task[Any, None]
 
     @property
@@ -54,28 +72,26 @@ def gate_of(effects: EffectLog) -> Path:
 def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
     """The shop of this environment, in a new app."""
     app = Celery("shop", broker=environment[BROKER], set_as_current=False)
+    app.conf.update({} if DEFAULTS in environment else SHORT)
     app.conf.update(
         task_default_queue=environment[QUEUE],
         flow_store_url=environment[DATABASE],
-        # Short, so that tests of recovery are: a real shop leaves these as they are.
-        flow_lease_seconds=3,
-        flow_sweep_seconds=0.2,
-        flow_republish_seconds=2,
         worker_prefetch_multiplier=1,
         broker_connection_retry_on_startup=True,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         **conf,
     )
-    flows = Flows(app)
+    app.conf.update(json.loads(environment.get(CONF, "{}")))
+    flows = Flows(app, store=SqlFlowStore(make_engine(environment[DATABASE])) if GIVEN in environment else None)
     effects = EffectLog(environment[EFFECTS])
 
     def hold(label: str) -> str:
         """Says that it began, and waits at the gate."""
-        effects.append(f"{label} began")
+        effects.append(f"{label} began", at=boottime())
         deadline = time.monotonic() + HOLD_SECONDS
         while not gate_of(effects).exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        effects.append(f"{label} ended")
+        effects.append(f"{label} ended", at=boottime())
         return label
 
     def reserve(order: Order) -> list[int]:
@@ -96,12 +112,45 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
     def hold_elsewhere(text: str) -> str:
         return hold(text)
 
+    @app.task(name="shop.swell", shared=False)
+    def swell(megabytes: int) -> int:
+        """Fills that much memory, and gives back all of it."""
+        filled = len(bytearray(b"x") * (megabytes << 20)) >> 20
+        effects.append(f"swell {megabytes}")
+        return filled
+
+    @app.task(name="shop.echo", shared=False)
+    def echo(text: str) -> str:
+        return text
+
+    @app.task(name="shop.refuse", shared=False, autoretry_for=(ValueError,), max_retries=1, default_retry_delay=0)
+    def refuse(text: str) -> None:
+        fail(text)
+
+    @app.task(name="shop.stumble", shared=False, bind=True)
+    def stumble(self: Task[Any, str], text: str) -> str:
+        """Succeeds at its second attempt."""
+        effects.append(f"{text} {self.request.retries}")
+        if self.request.retries == 0:
+            raise self.retry(countdown=0)
+        return text
+
     @app.task(name="shop.greet", shared=False)
     def greet(name: str) -> None:
         effects.append(f"hello {name}")
 
+    def tick(number: int) -> int:
+        """Takes its time as long as the gate is closed."""
+        effects.append(f"tick {number}")
+        if not gate_of(effects).exists():
+            time.sleep(0.1)
+        return number
+
+    def fail(text: str) -> None:
+        raise ValueError(text)
+
     def note(text: str) -> str:
-        effects.append(text)
+        effects.append(text, at=boottime())
         return text
 
     @flows.flow("shop/fulfil")
@@ -127,7 +176,56 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
         run.step(note, "after")
         return held
 
-    return Shop(app, flows, effects, fulfil, held_step, held_inline, greet)
+    @flows.flow("shop/many inline")
+    def many_inline(run: Run, count: int) -> int:
+        return sum(run.step(tick, number) for number in range(count))
+
+    @flows.flow("shop/delayed")
+    def delayed(run: Run, seconds: float) -> str:
+        run.step(note, "early")
+        run.sleep(timedelta(seconds=seconds))
+        return run.step(note, "on time")
+
+    @flows.flow("shop/swollen")
+    def swollen(run: Run, sizes: list[int]) -> list[int]:
+        return run.gather(swell.s(megabytes) for megabytes in sizes)
+
+    @flows.flow("shop/private")
+    def private(run: Run, text: str) -> str:
+        """Takes what it is told everywhere that a payload can go, and fails with it."""
+        told: str = run.step(echo, text)
+        for failing in (refuse, fail):
+            with suppress(StepFailed):
+                run.step(failing, told)
+        fail(run.wait_for("letter", "private"))
+        return told
+
+    @flows.flow("shop/retried")
+    def retried(run: Run, text: str) -> str:
+        run.step(note, "before the retry")
+        stumbled: str = run.step(stumble, text)
+        run.step(note, "after the retry")
+        return stumbled
+
+    @flows.flow("shop/undone")
+    def undone(run: Run, text: str) -> None:
+        """Is cancelled by whoever starts it, and cleans up."""
+        try:
+            run.step(note, text)
+        finally:
+            run.step(note, f"{text} undone")
+
+    return Shop(
+        app, flows, effects, fulfil, held_step, held_inline, many_inline, delayed, swollen, private, retried, undone,
+        greet,
+    )  # fmt: skip
+
+
+def use_early(store: SqlFlowStore) -> None:
+    """Leaves several used connections in the pool."""
+    with ExitStack() as opened:
+        for connection in [opened.enter_context(store.engine.connect()) for _ in range(3)]:
+            connection.execute(sa.text("SELECT count(*) FROM flows"))
 
 
 def tell_ready(path: Path) -> None:

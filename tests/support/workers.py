@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tests.support.shop import READY
@@ -67,6 +68,17 @@ class Worker:
         until(lambda: not any(is_alive(pid) for pid in pids), "the worker's processes are dead")
         return pids
 
+    def freeze(self) -> list[int]:
+        """SIGSTOP of parent and children; gives the processes that stand still."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        pids = [self.process.pid, *self.children()]
+        until(lambda: all(state_of(pid) == "T" for pid in pids), "the worker's processes stand still")
+        return pids
+
+    def thaw(self) -> None:
+        """SIGCONT of parent and children."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+
     def terminate(self) -> None:
         """Asks it to stop: it ends what runs, and takes nothing more."""
         self.process.terminate()
@@ -75,12 +87,47 @@ class Worker:
         """None of its processes is left, however it is doing."""
         if self.process.poll() is None:
             self.kill()
+        with suppress(ProcessLookupError):  # children that outlived their parent
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Beat:
+    """One ``celery beat`` process, its output in a file."""
+
+    def __init__(self, environment: Mapping[str, str], directory: Path, schedule: Path) -> None:
+        self.name = f"beat-{os.getpid()}-{next(_numbers)}"
+        self.log = directory / f"{self.name}.log"
+        command = [sys.executable, "-m", "celery", "-A", "tests.support.shop_worker", "beat", "--loglevel", "INFO"]
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*command, "--schedule", str(schedule), "--pidfile="],
+                cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment},
+            )  # fmt: skip
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def sent(self, task: str) -> int:
+        """How often it has sent this task."""
+        assert self.process.poll() is None, f"beat died with {self.process.returncode}:\n{self.output}"
+        return sum("Sending due task" in line and f"({task})" in line for line in self.output.splitlines())
+
+    def end(self) -> None:
+        """It is not left."""
+        self.process.kill()
+        self.process.wait(10)
 
 
 def is_alive(pid: int) -> bool:
     """Whether this process runs; one that died and was not waited for does not."""
+    return state_of(pid) not in ("", "Z", "X")
+
+
+def state_of(pid: int) -> str:
+    """A process's state as the kernel has it: "T" stands still; nothing, if there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return stat.rpartition(")")[2].split()[0]
