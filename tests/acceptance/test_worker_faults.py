@@ -185,6 +185,12 @@ def test_a_worker_with_an_old_schema_says_what_mends_it(
     assert "run `celery -A APP flow migrate`" in said
 
 
+def test_a_worker_of_greenlets_is_refused(make_town: MakeTown, redis_server: Broker) -> None:
+    said = refusal(make_town(redis_server.url).worker("-P", "gevent", ready=False))
+    assert "worker_pool: flows do not run under gevent" in said
+    assert "use prefork, threads or solo" in said
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [

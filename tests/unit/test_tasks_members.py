@@ -102,7 +102,7 @@ def test_canvas_and_what_is_no_signature_are_refused(app: Celery) -> None:
         with pytest.raises(InvalidData, match=f"a Celery {said} is no step"):
             task_name(canvas)
     for other in (plain, None, "plain", {"task": "plain"}):
-        with pytest.raises(InvalidData, match="takes task.s"):
+        with pytest.raises(InvalidData, match=r"takes task\.s"):
             task_name(other)
 
 
