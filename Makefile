@@ -39,8 +39,8 @@ check: lint ## Check format, lint, types and import rules, then run all tests
 bench: $(installed) ## Measure throughput and latency
 	@$(python) -m benchmarks
 
-soak: $(installed) ## Run flows under random failures for MINUTES=5
-	@$(python) -m tests.soak --minutes $(MINUTES)
+soak: $(installed) ## Run flows under random failures: MINUTES=5, SEED, BROKER=embedded|redis|rabbitmq, DATABASE=sqlite|postgresql
+	@$(python) -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(BROKER),--broker $(BROKER)) $(if $(DATABASE),--database $(DATABASE))
 
 dev: $(installed) ## Run broker, worker, beat and Flower together, until Ctrl-C
 	@.venv/bin/celery-flows dev
