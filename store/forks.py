@@ -2,6 +2,8 @@
 
 SQLite keeps what its connections hold locked in the memory of the process. A child that is forked in the middle of a
 transaction inherits "locked", and nobody in it will ever unlock: every write of its is told that the database is busy.
+A child that inherits an idle connection believes that it holds its parent's locks; when the parent closes the file, the
+log of what was written is deleted under the child, and its commits with it.
 """
 
 from __future__ import annotations
@@ -10,14 +12,24 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
+from weakref import WeakSet
 
 LONGEST_SECONDS = 15.0  # a fork waits for transactions, and these for the database's one writer, but not for ever
 
 
+class Closable(Protocol):
+    """What keeps connections open, and can close those that are idle."""
+
+    def dispose(self) -> None: ...
+
+
 class ForkGate:
-    """Transactions go through side by side; a fork waits until none is open, and holds new ones up meanwhile."""
+    """Transactions go through side by side; a fork waits until none is open, closes idle connections, and holds new
+    transactions up meanwhile."""
 
     def __init__(self) -> None:
+        self.closed_first: WeakSet[Closable] = WeakSet()
         self._reset()
         os.register_at_fork(before=self._close, after_in_parent=self._open, after_in_child=self._reset)
 
@@ -43,6 +55,8 @@ class ForkGate:
         with self._changed:
             self._forks += 1
             self._changed.wait_for(lambda: self._open_transactions <= own, LONGEST_SECONDS)
+        for each in list(self.closed_first):
+            each.dispose()
 
     def _open(self) -> None:
         with self._changed:

@@ -541,6 +541,12 @@ def reading(engine: sa.Engine) -> sa.Engine:
 _forks = ForkGate()
 
 
+def close_before_forks(engine: sa.Engine) -> None:
+    """Has the engine's idle connections closed whenever this process forks; a database in memory would be gone."""
+    if engine.url.database not in (None, "", ":memory:"):
+        _forks.closed_first.add(engine)
+
+
 @contextmanager
 def transaction(engine: sa.Engine) -> Iterator[Connection]:
     """A transaction, in which no other thread of this process forks: the child would find the database locked."""

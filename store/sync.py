@@ -42,6 +42,7 @@ class SqlFlowStore(FlowStore):
         database = dialect_of(engine)
         if database is sqlite:
             sqlite.prepare(engine)
+            sqlite.close_before_forks(engine)
         self._transaction = database.transaction
         self._engines = {
             Mode.READ: database.reading(engine),

@@ -12,7 +12,7 @@ from kombu import pools
 from tests.support.brokers import Broker, new_queue, rabbitmq_broker, redis_broker
 from tests.support.fold import assert_whole
 from tests.support.shop import BROKER, DATABASE, EFFECTS, QUEUE, Shop, open_shop
-from tests.support.workers import Worker
+from tests.support.workers import Beat, Worker
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +49,7 @@ class Town:
         self._stack.callback(pools.reset)  # the connections that messages went out on
         self._stack.callback(lambda: self.shop.flows.store.close())
         self.workers: list[Worker] = []
+        self.beats: list[Beat] = []
 
     def worker(self, *options: str, ready: bool = True, **environment: str) -> Worker:
         """Starts one more worker, and waits until it is ready."""
@@ -59,13 +60,21 @@ class Town:
             worker.wait_ready()
         return worker
 
+    def beat(self, schedule: str, **environment: str) -> Beat:
+        """Starts one more beat, with the schedule file of this name."""
+        beat = Beat({**self.environment, **environment}, self.directory, self.directory / schedule)
+        self._stack.callback(beat.end)
+        self.beats.append(beat)
+        return beat
+
     def audit(self) -> None:
         """Every history is whole."""
         for flow in self.shop.flows.store.list_by_owner("default", None):
             assert_whole(self.shop.flows.store, flow.id)
 
     def logs(self) -> str:
-        return "\n".join(f"--- {worker.name}\n{worker.output}" for worker in self.workers)
+        processes: list[Worker | Beat] = [*self.workers, *self.beats]
+        return "\n".join(f"--- {process.name}\n{process.output}" for process in processes)
 
     def close(self) -> None:
         self._stack.close()
