@@ -10,6 +10,8 @@ MINUTES ?= 5
 
 python := .venv/bin/python
 installed := .venv/.installed
+# Most tests wait for other processes.
+side_by_side := -n 3 --dist loadfile
 
 # A folder that was moved or copied has a .venv that still points to the old place: made anew.
 ifneq "$(shell cat $(installed) 2>/dev/null)" "$(CURDIR)"
@@ -25,7 +27,7 @@ demo: $(installed) ## Run the example application from start to finish, on embed
 	@$(python) -m examples.verify_packages demo
 
 test: $(installed) ## Run all tests
-	@$(python) -m pytest
+	@$(python) -m pytest $(side_by_side)
 
 lint: $(installed)
 	@.ci/quietly "format" $(python) -m ruff format --check .
@@ -34,7 +36,7 @@ lint: $(installed)
 	@.ci/quietly "import rules" .venv/bin/lint-imports
 
 check: lint ## Check format, lint, types and import rules, then run all tests
-	@.ci/quietly "tests" $(python) -m pytest
+	@.ci/quietly "tests" $(python) -m pytest $(side_by_side)
 
 bench: $(installed) ## Measure throughput and latency
 	@$(python) -m benchmarks

@@ -139,7 +139,7 @@ def test_make_demo() -> None:
 def test_make_test_would_run_all_tests() -> None:
     ended = shell(ROOT).run("make", "-n", "-o", ".venv/.installed", "test")
 
-    assert (ended.returncode, ended.stdout) == (0, ".venv/bin/python -m pytest\n")
+    assert (ended.returncode, ended.stdout) == (0, ".venv/bin/python -m pytest -n 3 --dist loadfile\n")
 
 
 INSTALL_ALL = "pip install '.[embedded,flower]'"

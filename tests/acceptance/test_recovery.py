@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,10 @@ def writers_below(folder: Path) -> list[int]:
 
 
 @pytest.fixture
-def surroundings(tmp_path: Path) -> dict[str, str]:
+def surroundings() -> Iterator[dict[str, str]]:
     """An environment whose temporary files go to a folder of their own, and that is told what it must not heed."""
-    folder = tmp_path / "t"
-    folder.mkdir()
-    return {**os.environ, "TMPDIR": str(folder), "FLOW_LEASE_SECONDS": "1", "CELERY_BROKER_URL": "memory://"}
+    with tempfile.TemporaryDirectory(prefix="r-") as folder:  # not below tmp_path: the path of a unix socket is short
+        yield {**os.environ, "TMPDIR": folder, "FLOW_LEASE_SECONDS": "1", "CELERY_BROKER_URL": "memory://"}
 
 
 def test_a_killed_child_recovers_within_its_target_by_the_command(tmp_path: Path, surroundings: dict[str, str]) -> None:

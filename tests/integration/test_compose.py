@@ -310,10 +310,12 @@ def test_worker_answers_its_healthcheck_and_stops_in_its_grace_period(start: Cal
     assert worker.stop() == 0, worker.log
 
 
-def test_beat_ticks_and_stops(start: Callable[..., Service]) -> None:
+def test_beat_ticks_and_stops(start: Callable[..., Service], broker: str) -> None:
     beat = start("beat")
     beat.wait_until_healthy()
     beat.wait_for(lambda: "Sending due task" in beat.log, "a task that was due")
+    with redis.Redis.from_url(broker) as client:  # told to stop while it sends, beat says that it could not
+        beat.wait_for(lambda: client.llen("celery") > 0, "its message at the broker")
 
     assert beat.stop() == 0, beat.log
 
