@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from celery_flows.store.fold import FLOW_FIELDS, STEP_FIELDS, Fold, differing
+from celery_flows.store.changes import ORDER
+from celery_flows.store.fold import FLOW_FIELDS, STEP_FIELDS, Fold, Ranges, differing
 from celery_flows.store.models import TERMINAL, Flow, FlowEvent, FlowStatus, FlowStep
 from celery_flows.store.operations import get_flow, reads, reads_snapshot
 from celery_flows.store.tables import (
@@ -50,9 +52,11 @@ KINDS = {
     "step": "a step differs from its events",
     "step_without_events": "a step that no event tells of",
     "step_missing": "events tell of a step that is not there",
+    "step_gap": "a step's events do not follow from each other (some were deleted)",
     "open_step": "a step is open although the flow has ended",
     "dispatch": "the flow has ended and still has dispatch rows",
     "undriven": "the flow is open, and nothing would drive it on",
+    "join": "the flow counts other open members than it has",
     "orphan": "rows that belong to no flow",
 }
 
@@ -64,13 +68,22 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Dispatched:
+    """A dispatch row, as far as an audit looks at it."""
+
+    kind: str
+    fence: int
+    open_members: int
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """A flow with everything that belongs to it, read in one transaction."""
 
     flow: Flow
     fold: Fold
     steps: dict[str, FlowStep]
-    dispatch: dict[str, str]  # run id → kind
+    dispatch: dict[str, Dispatched]  # by run id
     was_driven: bool
 
 
@@ -130,7 +143,8 @@ def take_snapshot(conn: Connection, flow_id: UUID) -> Snapshot | None:
     if flow is None:
         return None
     steps = conn.execute(sa.select(flow_steps).where(flow_steps.c.flow_id == flow_id)).mappings()
-    dispatch = sa.select(flow_dispatch.c.run_id, flow_dispatch.c.kind).where(flow_dispatch.c.flow_id == flow_id)
+    dispatch = sa.select(*(flow_dispatch.c[name] for name in ("run_id", "kind", "fence", "open_members")))
+    dispatch = dispatch.where(flow_dispatch.c.flow_id == flow_id)
     fold, was_driven = Fold(), False
     for event in _events(conn, flow_id):
         fold.add(event)
@@ -139,7 +153,7 @@ def take_snapshot(conn: Connection, flow_id: UUID) -> Snapshot | None:
         flow=flow,
         fold=fold,
         steps={row["run_id"]: FlowStep.of_row(row) for row in steps},
-        dispatch={row.run_id: row.kind for row in conn.execute(dispatch)},
+        dispatch={run_id: Dispatched(*row) for run_id, *row in conn.execute(dispatch)},
         was_driven=was_driven,
     )
 
@@ -167,20 +181,22 @@ def findings(snapshot: Snapshot) -> Iterator[Finding]:
     def found(kind: str, about: str) -> Finding:
         return Finding(flow.id, kind, about)
 
-    gaps = fold.missing_revisions(flow.revision)
+    gaps = fold.revisions.missing(flow.revision)
     if gaps:
         yield found("gap", _numbers(gaps))
     if fold.untold:
         yield found("untold", _numbers(fold.untold))
-    if fold.revisions != sorted(fold.revisions):
-        yield found("order", _numbers(fold.revisions))
-    if beyond := [revision for revision in fold.revisions if revision > flow.revision]:
+    if fold.disordered:
+        yield found("order", _numbers(fold.disordered))
+    if beyond := fold.revisions.above(flow.revision):
         yield found("beyond", _numbers(beyond))
     if not gaps and not fold.untold and (names := differing(flow, fold.flow, FLOW_FIELDS)):
         yield found("flow", ", ".join(names))
     yield from _step_findings(snapshot, found)
     if flow.status in TERMINAL and snapshot.dispatch:
         yield found("dispatch", ", ".join(sorted(snapshot.dispatch)))
+    if flow.status not in TERMINAL:
+        yield from _join_findings(snapshot, found)
     called = flow.status is FlowStatus.WAITING or (snapshot.was_driven and flow.status not in TERMINAL)
     if called and str(flow.id) not in snapshot.dispatch:
         yield found("undriven", "its drive row is missing")
@@ -193,10 +209,25 @@ def _step_findings(snapshot: Snapshot, found: Callable[[str, str], Finding]) -> 
             yield found("step_without_events", run_id)
         elif names := differing(step, told, STEP_FIELDS):
             yield found("step", f"{run_id}: {', '.join(names)}")
+        if kind := snapshot.fold.torn.get(run_id):
+            yield found("step_gap", f"{run_id}: before {kind}")
+        elif (row := snapshot.dispatch.get(run_id)) and row.fence != snapshot.fold.fences.get(run_id):
+            yield found("step_gap", f"{run_id}: its last claim")
         if snapshot.flow.status in TERMINAL and not step.status.is_terminal:
             yield found("open_step", run_id)
     for run_id in snapshot.fold.steps.keys() - snapshot.steps.keys():
         yield found("step_missing", run_id)
+
+
+def _join_findings(snapshot: Snapshot, found: Callable[[str, str], Finding]) -> Iterator[Finding]:
+    drive = snapshot.dispatch.get(str(snapshot.flow.id))
+    rows = snapshot.dispatch.items()  # the order to cancel a child is a row of the child's, and no member
+    members = [run_id for run_id, row in rows if row.kind in ("step", "child") and not run_id.startswith(ORDER)]
+    if drive is not None and drive.open_members != len(members):
+        yield found("join", f"{drive.open_members}, and there are {len(members)}")
+    for run_id, step in snapshot.steps.items():
+        if run_id in snapshot.fold.fences and not step.status.is_terminal and run_id not in snapshot.dispatch:
+            yield found("undriven", f"{run_id}: its dispatch row is missing")
 
 
 @reads
@@ -211,6 +242,6 @@ def find_orphans(conn: Connection) -> list[Finding]:
     return orphans
 
 
-def _numbers(values: Sequence[int]) -> str:
-    listed = ", ".join(str(value) for value in values[:10])
+def _numbers(values: Ranges) -> str:
+    listed = ", ".join(str(value) for value in islice(values, 10))
     return listed + (f" and {len(values) - 10} more" if len(values) > 10 else "")

@@ -7,6 +7,7 @@ other way: a parent that ends leaves an order to cancel each child, which is car
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -16,9 +17,8 @@ from sqlalchemy import Connection
 from celery_flows.store.changes import ORDER, Completion, Holder
 from celery_flows.store.dispatch import complete_step
 from celery_flows.store.models import Flow, FlowStatus, FlowStepStatus
-from celery_flows.store.operations import find_step_by_run_id, lock_flow, reads, writes, writes_once
-from celery_flows.store.tables import flow_dispatch
-from celery_flows.store.validation import encode_json
+from celery_flows.store.operations import find_step_by_run_id, get_flow, lock_flow, reads, writes, writes_once
+from celery_flows.store.tables import flow_dispatch, flows
 
 _d = flow_dispatch.c
 
@@ -42,22 +42,37 @@ def settle_child(conn: Connection, run_id: str) -> Settled | None:
     if child is not None and not child.status.is_terminal:  # opened again by hand
         conn.execute(sa.update(flow_dispatch).where(_d.run_id == run_id).values(due_at=None))
         return None
-    completed = complete_step(conn, _outcome(Holder(run_id, 0, None), parent_id, child))
+    parent = get_flow(conn, parent_id)
+    is_told = parent is not None and parent.cancel_requested and not (step.args_json or {}).get("cleanup")
+    outcome = _outcome(Holder(run_id, 0, None), parent_id, child, parent_is_cancelled=is_told)
+    completed = complete_step(conn, outcome)
     return None if completed is None else Settled(parent_id, completed.woke)
 
 
-def _outcome(holder: Holder, parent_id: UUID, child: Flow | None) -> Completion:
+def _outcome(holder: Holder, parent_id: UUID, child: Flow | None, *, parent_is_cancelled: bool) -> Completion:
+    """What the parent is told, for good: a replay must not come to another answer because of a later cancel."""
     if child is None:
         error = {"type": "ChildMissing", "message": "the child flow was deleted"}
         return Completion(holder, parent_id, FlowStepStatus.FAILED, error=error)
     if child.status is FlowStatus.FINISHED:
-        result = encode_json("result", child.result_json)
+        # Not measured again: it was accepted, and jsonb may write it longer.
+        result = json.dumps(child.result_json, ensure_ascii=False)
         return Completion(holder, parent_id, FlowStepStatus.SUCCEEDED, result=result)
-    if child.status is FlowStatus.CANCELLED:
+    if child.status is FlowStatus.CANCELLED and parent_is_cancelled:
         return Completion(holder, parent_id, FlowStepStatus.CANCELLED)
+    if child.status is FlowStatus.CANCELLED:  # for itself, or because another member failed
+        error = {"type": "FlowCancelled", "message": "the flow was cancelled"}
+        return Completion(holder, parent_id, FlowStepStatus.FAILED, error=error)
     reason = child.state_json.get("failure", {}).get("reason", "")
     by_hand = {"type": "FlowFailed", "message": str(reason)}
     return Completion(holder, parent_id, FlowStepStatus.FAILED, error=child.error_json or by_hand)
+
+
+@reads
+def list_unasked(conn: Connection, parent_id: UUID) -> list[UUID]:
+    """The open children of a flow that have not been asked to cancel."""
+    mine = sa.select(flows.c.id).where(flows.c.parent_flow_id == parent_id, flows.c.finished_at.is_(None))
+    return list(conn.scalars(mine.where(flows.c.cancel_requested.is_(False)).order_by(flows.c.id)))
 
 
 def is_order(run_id: str) -> bool:

@@ -2,11 +2,17 @@
 
 A flow's own events are taken in the order of their revisions, a step's in the order of their ids within its run id;
 nothing is read from the order between the two.
+
+Every change of a flow's row has a revision of its own, so a deleted event leaves a gap. A Celery step's events have
+none, but follow from each other: each claim's fence is one more than that before, each retry's attempt too, and what
+was not begun is neither retried nor completed. What that cannot show is the loss of a claim between two others' events
+that took over an attempt and completed it, and of an observation that a later one overtook.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -25,14 +31,60 @@ TELL_OF_STEPS = frozenset(
 )  # fmt: skip
 
 
+class Ranges:
+    """A set of whole numbers, kept as ranges: a million in a row take no more room than one."""
+
+    def __init__(self, *ranges: tuple[int, int]) -> None:
+        self._ranges = list(ranges)  # first and last, ascending
+
+    def add(self, number: int) -> bool:
+        """Takes a number in; False: it is not higher than all before."""
+        if not self._ranges or number > self._ranges[-1][1]:
+            self._append(number)
+            return True
+        at = bisect_left(self._ranges, (number + 1, number))
+        if at == 0 or self._ranges[at - 1][1] < number:
+            self._ranges.insert(at, (number, number))
+        return False
+
+    def _append(self, number: int) -> None:
+        if self._ranges and self._ranges[-1][1] == number - 1:
+            self._ranges[-1] = (self._ranges[-1][0], number)
+        else:
+            self._ranges.append((number, number))
+
+    def __iter__(self) -> Iterator[int]:
+        for first, last in self._ranges:
+            yield from range(first, last + 1)
+
+    def __len__(self) -> int:
+        return sum(last - first + 1 for first, last in self._ranges)
+
+    def missing(self, last: int) -> Ranges:
+        """Those from 1 to ``last`` that are not here."""
+        gaps, expected = [], 1
+        for first, end in [*self._ranges, (last + 1, last + 1)]:
+            if expected < (first := min(first, last + 1)):
+                gaps.append((expected, first - 1))
+            expected = max(expected, end + 1)
+        return Ranges(*gaps)
+
+    def above(self, limit: int) -> Ranges:
+        """Those that are higher than ``limit``."""
+        return Ranges(*((max(first, limit + 1), last) for first, last in self._ranges if last > limit))
+
+
 @dataclass
 class Fold:
     """What the events told so far add up to. Feed it events oldest first."""
 
     flow: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
-    revisions: list[int] = field(default_factory=list)
-    untold: list[int] = field(default_factory=list)  # revisions whose event does not tell the columns it set
+    revisions: Ranges = field(default_factory=Ranges)
+    disordered: Ranges = field(default_factory=Ranges)  # revisions that came after a higher one
+    untold: Ranges = field(default_factory=Ranges)  # revisions whose event does not tell the columns it set
+    fences: dict[str, int] = field(default_factory=dict)  # of each Celery step, as of its last claim; 0: none yet
+    torn: dict[str, str] = field(default_factory=dict)  # step → its first event that does not follow from those before
 
     def add(self, event: FlowEvent) -> None:
         """Takes one event in."""
@@ -49,10 +101,11 @@ class Fold:
         return self
 
     def _add_flow(self, event: FlowEvent, revision: int) -> None:
-        self.revisions.append(revision)
+        if not self.revisions.add(revision):
+            self.disordered.add(revision)
         told = event.payload_json.get("set")
         if not isinstance(told, Mapping):
-            self.untold.append(revision)
+            self.untold.add(revision)
             return
         if not self.flow:
             self.flow["created_at"] = event.at
@@ -64,12 +117,25 @@ class Fold:
         told = dict(event.payload_json["step"])
         ran = timedelta(microseconds=told.pop("elapsed_us", 0))
         run_id = event.payload_json["run_id"]
+        if not self._follows(event, run_id):
+            self.torn.setdefault(run_id, event.kind)
         row = self.steps.setdefault(run_id, {"run_id": run_id, "created_at": event.at - ran})
         row |= {**told, "updated_at": event.at}
 
-    def missing_revisions(self, last: int) -> list[int]:
-        """The revisions up to ``last`` that no event tells of."""
-        return sorted(set(range(1, last + 1)) - set(self.revisions))
+    def _follows(self, event: FlowEvent, run_id: str) -> bool:
+        """Whether a step's event can come next. One that brings the step's id tells all of it, so it may come first."""
+        told, known = event.payload_json["step"], self.steps.get(run_id, {})
+        if event.kind == "step_scheduled":
+            self.fences[run_id] = 0
+        elif event.kind == "step_started":
+            before = self.fences.get(run_id, 0)
+            self.fences[run_id] = event.payload_json.get("fence", before + 1)
+            return self.fences[run_id] == before + 1
+        elif event.kind == "step_retrying":
+            return known.get("status") == "running" and told.get("attempt") == known.get("attempt", 0) + 1
+        elif event.kind in ("step_succeeded", "step_failed") and "id" not in told:
+            return known.get("status") == "running"
+        return True
 
 
 def differing(stored: Flow | FlowStep, folded: dict[str, Any], fields: Iterable[str]) -> list[str]:

@@ -21,7 +21,9 @@ from celery_flows.store.operations import now, reads, writes
 from celery_flows.store.tables import UtcDateTime, flow_dispatch, flow_heartbeats, flow_steps, flows
 
 _d = flow_dispatch.c
-_WORK = sa.and_(_d.kind.in_(("drive", "step")), _d.task.isnot(None))  # what a worker is to be called to
+# What a worker is to be called to. A paused flow's rows wait for nobody.
+_PAUSED = sa.exists().where(flows.c.id == _d.flow_id, flows.c.paused_at.isnot(None))
+_WORK = sa.and_(_d.kind.in_(("drive", "step")), _d.task.isnot(None), ~_PAUSED)
 
 SHOWN = 20  # rows of a kind that are told one by one
 
@@ -157,7 +159,7 @@ def sample_ids(conn: Connection, size: int, rng: Random) -> list[UUID]:
     ids = sa.select(flows.c.id).order_by(flows.c.id.desc())
     latest = list(conn.scalars(ids.limit(size)))
     oldest = conn.scalar(sa.select(flows.c.id).order_by(flows.c.id).limit(1))
-    if oldest is None or len(latest) < size:
+    if oldest is None or not latest or len(latest) < size:
         return latest
     begin = UUID(int=rng.randint(oldest.int, latest[-1].int))  # ids of version 7 are in the order of creation
     return latest + list(conn.scalars(ids.where(flows.c.id < begin).limit(size)))

@@ -543,7 +543,8 @@ _forks = ForkGate()
 
 def close_before_forks(engine: sa.Engine) -> None:
     """Has the engine's idle connections closed whenever this process forks; a database in memory would be gone."""
-    if engine.url.database not in (None, "", ":memory:"):
+    name = engine.url.database or ":memory:"
+    if ":memory:" not in name and "mode=memory" not in str(engine.url):
         _forks.closed_first.add(engine)
 
 

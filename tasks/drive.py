@@ -22,8 +22,8 @@ from celery_flows.store import (
     InvalidData,
     LeaseLost,
     RevisionMismatch,
-    StepRuntime,
     StoreError,
+    children,
     dispatch,
     transitions,
 )
@@ -210,11 +210,10 @@ class Driver:
             self._park_and_suspend(None)
 
     def _cancel_children(self) -> None:
-        """Asks those that are out to cancel, each in a transaction of its own; done again if this driver is lost."""
-        for step in self.history.values():
-            is_child = step.runtime is StepRuntime.MANAGED and step.child_session_key is not None
-            if is_child and not step.status.is_terminal:
-                cancel_child(self.runtime, UUID(step.child_session_key))
+        """Asks those that have not been asked to cancel, each in a transaction of its own; whoever comes after this
+        driver, should it be lost, asks the others."""
+        for child_id in self.runtime.store.run(children.list_unasked, self.flow.id):
+            cancel_child(self.runtime, child_id)
 
     # ---- what Run asks ----
 
@@ -235,10 +234,6 @@ class Driver:
         days = self.runtime.settings.timer_horizon_days
         if days is not None and at > self.now() + timedelta(days=days):
             raise InvalidData("timer", f"is more than {days:g} days away (flow_timer_horizon_days)")
-
-    def cancel_was_requested(self) -> bool:
-        """Whether the flow is to be cancelled, as far as is known here."""
-        return self._cancel_requested
 
     def must_stop(self, *, cleaning: bool) -> bool:
         """Asked before anything new happens; True: the flow is cancelled, and has not been told yet.

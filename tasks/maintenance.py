@@ -7,6 +7,7 @@ import logging
 from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
+from uuid import UUID
 
 from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, health, inbox
 from celery_flows.store.audit import Finding
@@ -25,7 +26,7 @@ SWEEP, BEAT, PRUNE, VERIFY = "sweep", "beat", "prune", "verify"
 BEAT_SWEEP_SECONDS = 10.0  # beat only stands in for workers that are all dead or stuck; they sweep by themselves
 HOUR_SECONDS, DAY_SECONDS = 3600.0, 86_400.0
 
-TOLD = 10  # findings of an audit, in the log and in the heartbeat
+TOLD = 10  # findings of an audit in the log, flows in its heartbeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +125,25 @@ def prune(runtime: Runtime, retain_days: int | None = None) -> int:
 
 
 def verify_sample(runtime: Runtime, size: int = 100) -> list[Finding]:
-    """Audits the latest flows, and as many from any time before; tells in the log what is wrong with them."""
-    flow_ids = runtime.store.run(health.sample_ids, size, Random())
-    found = [finding for finding in audit.verify(runtime.store, flow_ids) if finding.kind != "orphan"]  # pruned since
+    """Audits the latest flows, as many from any time before, and those that were not whole the last time; tells in the
+    log what is wrong with them."""
+    sample = runtime.store.run(health.sample_ids, size, Random())
+    flow_ids = list(dict.fromkeys([*sample, *torn_flows(runtime)]))
+    found = audited(runtime, flow_ids)
     for finding in found[:TOLD]:
         log.error("%s", finding)
     log.info("audited %d flows: %d findings", len(flow_ids), len(found))
-    report = {"flows": len(flow_ids), "findings": len(found), "first": [str(finding) for finding in found[:TOLD]]}
-    heartbeat(runtime, VERIFY, HOUR_SECONDS, **report)
+    torn = list(dict.fromkeys(str(finding.flow_id) for finding in found))
+    heartbeat(runtime, VERIFY, HOUR_SECONDS, flows=len(flow_ids), findings=len(found), torn=torn[:TOLD])
     return found
+
+
+def torn_flows(runtime: Runtime) -> list[UUID]:
+    """The flows that the last audit of a sample found not to be whole; the first of them."""
+    last = runtime.store.run(health.list_heartbeats).get(VERIFY)
+    return [] if last is None else [UUID(flow_id) for flow_id in last.report.get("torn", [])]
+
+
+def audited(runtime: Runtime, flow_ids: list[UUID]) -> list[Finding]:
+    """What is wrong with these flows, but for those that were pruned meanwhile."""
+    return [finding for finding in audit.verify(runtime.store, flow_ids) if finding.kind != "orphan"]

@@ -86,7 +86,11 @@ class Run:
         """
         return self.gather([definition.s(input)])[0]
 
-    def gather(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> list[T]:
+    @overload
+    def gather(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> list[T]: ...
+    @overload
+    def gather(self, members: Iterable[AnyMember]) -> list[Any]: ...
+    def gather(self, members: Iterable[AnyMember]) -> list[Any]:
         """Runs Celery signatures (``task.s(…)``) and flows (``definition.s(input)``) side by side, each a step, and
         gives their results in order when all have succeeded.
 
@@ -97,7 +101,7 @@ class Run:
         signatures = list(members)
         identities = [self._identify(member_name(signature)) for signature in signatures]
         known = [self._driver.history.get(run_id) for run_id, _ in identities]
-        if any(step is not None and self._has_failed(step) for step in known):
+        if any(step is not None and step.status is FlowStepStatus.FAILED for step in known):
             self._outcome(self._first_failure([run_id for run_id, _ in identities]), None)
         if any(step is None or not step.status.is_terminal for step in known):
             self._join(list(zip(identities, signatures, known, strict=True)))
@@ -115,13 +119,9 @@ class Run:
             history = self._driver.history
         members = [history[run_id] for run_id in run_ids if run_id in history]
         failed = [step for step in members if step.status is FlowStepStatus.FAILED]
-        return failed[0] if failed else next(filter(self._has_failed, members))
-
-    def _has_failed(self, step: FlowStep) -> bool:
-        """A child flow may be cancelled for itself; its parent is not, and takes that for a failure."""
-        if step.status is FlowStepStatus.CANCELLED:
-            return step.child_session_key is not None and not self._driver.cancel_was_requested()
-        return step.status is FlowStepStatus.FAILED
+        # Children that were cancelled because of the failure are not the failure.
+        of_themselves = (step for step in failed if (step.error_json or {}).get("type") != FlowCancelled.__name__)
+        return next(of_themselves, failed[0])
 
     def _join(self, steps: list[tuple[tuple[str, int], AnyMember, FlowStep | None]]) -> None:
         """Schedules the members that are not, and suspends the flow until all have succeeded or one has failed."""
@@ -274,8 +274,6 @@ class Run:
         assert step is not None
         if step.status is FlowStepStatus.SUCCEEDED:
             return step.result_json if codec is None else codec.decode(f"result of step {step.task}", step.result_json)
-        if step.status is FlowStepStatus.CANCELLED and self._has_failed(step):
-            raise StepFailed(step.task, FlowCancelled.__name__, "the flow was cancelled")
         if step.status is FlowStepStatus.CANCELLED:
             self._cleaning = True
             raise FlowCancelled(self.flow_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -45,9 +45,14 @@ KINDS = {
         "work waits on a queue, and no worker that knows its tasks takes from it",
         "start a worker with -Q QUEUE, from this application",
     ),
+    "no_answer": Kind(
+        False,
+        "work waits, workers sweep, and none of them answered: busy under the solo pool, or without remote control",
+        "ask again with a longer --timeout; look at the workers if the work stays",
+    ),
     "unclaimed": Kind(
-        True,
-        "work was published again and again, and no worker has claimed it: they are busy, or stuck, or not there",
+        False,
+        "work was published again and again, and no worker has claimed it: they are busy, or stuck",
         "look at the workers of that queue; add some if they are busy",
     ),
     "overdue": Kind(
@@ -87,8 +92,13 @@ KINDS = {
     ),
     "history": Kind(
         True,
-        "the last audit found histories that are not whole",
-        "run `celery -A APP flow verify`; find out who wrote past the manager, or restore from a backup",
+        "an audit found histories that differ from their flows",
+        "run `celery -A APP flow verify`; find out who changed rows or events by hand, or restore from a backup",
+    ),
+    "untold": Kind(
+        False,
+        "flows were changed past the manager, so their histories do not tell all",
+        "change flows by the manager: update_with_revision and update_and_append leave the telling to you",
     ),
 }
 
@@ -162,10 +172,8 @@ def _chores(runtime: Runtime, now: datetime) -> Iterator[Finding]:
     for name in maintenance.PRUNE, maintenance.VERIFY:
         if name in beats and (silence := _silence(beats[name], now)):
             yield Finding("chore_silent", f"{name}: {silence}")
-    audited = beats.get(maintenance.VERIFY)
-    if audited is not None and audited.report.get("findings"):
-        first = "; ".join(audited.report["first"][:3])
-        yield Finding("history", f"{audited.report['findings']} findings at {audited.at:%Y-%m-%d %H:%M}Z: {first}")
+    for finding in maintenance.audited(runtime, maintenance.torn_flows(runtime)):  # as it is by now
+        yield Finding("untold" if finding.kind in ("gap", "untold") else "history", str(finding))
 
 
 def _silence(beat: Heartbeat | None, now: datetime) -> str | None:
@@ -213,26 +221,39 @@ def _queue(runtime: Runtime, name: str | None) -> str:
     return name or runtime.default_queue()
 
 
-def _broker(runtime: Runtime, waiting: Iterable[tuple[str, int]], reply_seconds: float) -> Iterator[Finding]:
+def _broker(runtime: Runtime, waiting: Sequence[tuple[str, int]], reply_seconds: float) -> Iterator[Finding]:
     """Asks the broker, and over it the workers; everything is bounded."""
     try:
         with runtime.publisher.connect() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0)
-            served = _served(runtime, connection, reply_seconds) if waiting else set()
+            served = _served(runtime, connection, reply_seconds) if waiting else {}
     except Exception as error:  # whatever the transport raises: it could not be asked
         yield Finding("broker", type(error).__name__)
         return
+    silent = bool(waiting) and not served and _are_sweeping(runtime)
     for queue, count in waiting:
-        if queue not in served:
+        if silent:
+            yield Finding("no_answer", f"{count} rows wait on queue {queue}")
+        elif not any(queue in queues for queues in served.values()):
             yield Finding("no_consumer", f"{count} rows wait on queue {queue}; no worker answered for it")
 
 
-def _served(runtime: Runtime, connection: Any, reply_seconds: float) -> set[str]:
-    """The queues that workers with our tasks take from."""
+def _served(runtime: Runtime, connection: Any, reply_seconds: float) -> dict[str, set[str]]:
+    """The workers that answered, and the queues from which those with our tasks take."""
     inspect = runtime.app.control.inspect(timeout=reply_seconds, connection=connection)
-    able = {worker for worker, tasks in (inspect.registered() or {}).items() if DRIVE_TASK in tasks}
-    queues = (inspect.active_queues() or {}).items() if able else ()
-    return {queue["name"] for worker, taken in queues if worker in able for queue in taken}
+    registered = inspect.registered() or {}
+    queues = (inspect.active_queues() or {}) if registered else {}
+    served: dict[str, set[str]] = {}
+    for worker, tasks in registered.items():
+        names = {task.partition(" [")[0] for task in tasks}  # a task's options may follow its name
+        served[worker] = {queue["name"] for queue in queues.get(worker, ())} if DRIVE_TASK in names else set()
+    return served
+
+
+def _are_sweeping(runtime: Runtime) -> bool:
+    """Whether some worker is alive, by its sweep's heartbeat."""
+    beat = runtime.store.run(health.list_heartbeats).get(maintenance.SWEEP)
+    return beat is not None and _silence(beat, runtime.store.run(op.now)) is None
 
 
 def _listed(names: Iterable[str], limit: int = 5) -> str:

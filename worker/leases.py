@@ -53,8 +53,8 @@ class Leases:
         self._reported.append(held_by([request]))
 
     def are_held_here(self) -> bool:
-        """Whether this process itself is at work, in threads, as of the last look."""
-        return os.getpid() in self._seen.values()
+        """Whether this process itself is at work, in threads."""
+        return os.getpid() in {**self._seen, **held_by(state.active_requests)}.values()
 
     def hand_back(self) -> None:
         """Gives back what the dead of our process tree still hold, seen at work or not: the worker has ended them."""

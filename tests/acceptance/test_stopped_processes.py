@@ -3,8 +3,6 @@ the first writes when it goes on is refused."""
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from celery_flows.tasks.maintenance import sweep
 from tests.acceptance.conftest import MakeTown, Town
 from tests.acceptance.test_worker_faults import begin, lease_outlasted
 from tests.support.brokers import Broker
+from tests.support.databases import is_locked
 from tests.support.standstill import ARMED
 from tests.support.waiting import until
 from tests.support.workers import state_of
@@ -35,7 +34,7 @@ def test_what_a_stopped_step_writes_after_a_takeover_is_refused(
     town = make_town(redis_server.url, request.getfixturevalue(f"{database}_url"))
     first = town.worker()
     handle, pid = begin(town, way)
-    assert pid in first.freeze()
+    assert pid in first.freeze_between_writes(town.shop.flows.store.engine.url)
     town.shop.open_gate()
     town.worker()
     assert handle.result(timeout=40) == "work"
@@ -218,15 +217,3 @@ def test_a_process_that_stands_still_as_sqlites_one_writer_stops_the_others_for_
         "before": 1, "work began": runs, "work ended": runs, "after": 1, "stands still in record": 1,
     }  # fmt: skip
     assert len(recorded(town, handle)) == 3
-
-
-def is_locked(url: str) -> bool:
-    """Whether somebody writes into this SQLite database just now."""
-    path = sa.make_url(url).database
-    with closing(sqlite3.connect(str(path), timeout=0, isolation_level=None)) as connection:
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            return "locked" in str(error)
-        connection.execute("ROLLBACK")
-    return False

@@ -10,8 +10,7 @@ import pytest
 
 from celery_flows.store.engines import make_engine
 from tests.support.bench import Bench
-from tests.support.databases import Databases
-from tests.support.shells import wipe
+from tests.support.databases import Databases, wipe
 
 MakeBench = Callable[..., Bench]
 

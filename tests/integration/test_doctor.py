@@ -168,22 +168,35 @@ def test_a_chore_that_beat_has_stopped_doing_is_found(bench: Bench) -> None:
     assert found(bench, "chore_silent") == ["prune: last seen 70 s ago", "verify: last seen 70 s ago"]
 
 
-def test_what_the_last_audit_found_is_told(bench: Bench) -> None:
-    handle = begin(bench)
+def test_what_an_audit_found_is_told_until_it_is_mended(bench: Bench) -> None:
+    begin(bench)
     assert maintenance.verify_sample(bench.runtime) == []
     assert found(bench, "history") == []
-    step = sa.select(flow_steps.c.result_json).where(flow_steps.c.flow_id == handle.id)
+    forge(bench, attempt=7)
+    [finding] = maintenance.verify_sample(bench.runtime)
+    assert found(bench, "history") == [str(finding)]
+    [again] = maintenance.verify_sample(bench.runtime, size=0)
+    assert again == finding, "what was not whole is looked at again, whatever the sample"
+    forge(bench, attempt=1)
+    assert found(bench, "history") == []
+
+
+def forge(bench: Bench, **columns: Any) -> None:
     with bench.store.engine.begin() as connection:
-        connection.execute(sa.update(flow_steps).values(attempt=7))
-    try:
-        [finding] = maintenance.verify_sample(bench.runtime)
-        [told] = found(bench, "history")
-        assert told.endswith(f"Z: {finding}")
-        assert told.startswith("1 findings at ")
-        assert bench.query(step)[0].result_json is None
-    finally:
-        with bench.store.engine.begin() as connection:
-            connection.execute(sa.update(flow_steps).values(attempt=1))
+        connection.execute(sa.update(flow_steps).values(columns))
+
+
+def test_what_was_written_past_the_manager_is_no_reason_not_to_be_ready(
+    make_bench: MakeBench, engine_database: str
+) -> None:
+    bench = make_bench()
+    flow = bench.flows.manager.create_managed(controller_id="by hand", goal="", owner_session_key="me")
+    bench.store.update_with_revision(flow)
+    maintenance.verify_sample(bench.runtime)
+    assert len(found(bench, "untold")) == 1
+    assert not KINDS["untold"].is_problem
+    with bench.store.engine.begin() as connection:
+        connection.execute(sa.delete(flows).where(flows.c.id == flow.id))
 
 
 # ---- work that stands -----------------------------------------------------------------------------------------------
@@ -203,6 +216,25 @@ def test_work_that_is_published_and_never_claimed_is_found(bench: Bench) -> None
         bench.sweep()
     assert found(bench, "unclaimed") == [f"1 of 'work' on queue {bench.queue}"]
     assert found(bench, "no_consumer") == [f"1 rows wait on queue {bench.queue}; no worker answered for it"]
+
+
+def test_a_paused_flow_waits_for_nobody(bench: Bench) -> None:
+    handle = begin(bench)
+    bench.flows.manager.pause(handle.id)
+    for _ in range(4):
+        bench.pass_time()
+        bench.sweep()
+    assert found(bench, "unclaimed") == found(bench, "no_consumer") == []
+    bench.flows.manager.unpause(handle.id)
+    assert len(found(bench, "unclaimed")) >= 1
+    bench.work()
+
+
+def test_workers_that_sweep_and_do_not_answer_are_a_notice(bench: Bench) -> None:
+    begin(bench)
+    chores_done(bench)
+    assert found(bench, "no_answer") == [f"1 rows wait on queue {bench.queue}"]
+    assert found(bench, "no_consumer") == []
 
 
 def test_a_lease_that_is_renewed_without_progress_is_found(bench: Bench) -> None:

@@ -340,3 +340,90 @@ def test_ends_of_parent_and_children_at_once_leave_nothing_behind(family: Family
         assert handle.status() is FlowStatus.CANCELLED
         assert {child.status() for child in children} <= {FlowStatus.FAILED, FlowStatus.CANCELLED}
         assert family.rows_left() == []
+
+
+def test_what_a_parent_was_told_of_a_cancelled_child_does_not_change_when_it_is_cancelled_itself(
+    family: Family,
+) -> None:
+    """Else the replay would take another way, and what was done on the first would never be undone."""
+    bench, note = family.bench, family.effects.append
+
+    @bench.flows.flow("goes on alone")
+    def alone(run: Run) -> None:
+        try:
+            run.flow(family.child, "waiting one")
+        except StepFailed as failed:
+            run.step(note, f"charge, for {failed.type}")
+            try:
+                run.wait_for("never", "never")
+            except FlowCancelled:
+                run.step(note, "refund")
+                raise
+
+    handle = alone.start()
+    bench.work()
+    family.children_of(handle)["waiting one"].cancel()
+    bench.work()
+    assert family.effects[-1] == "charge, for FlowCancelled"
+    handle.cancel()
+    with pytest.raises(FlowCancelled):
+        bench.finish(handle)
+    assert family.effects[-2:] == ["charge, for FlowCancelled", "refund"]
+
+
+def test_a_cleanups_own_child_that_is_cancelled_has_failed(family: Family) -> None:
+    bench, note = family.bench, family.effects.append
+
+    @bench.flows.flow("cleans in two ways")
+    def cleans(run: Run) -> None:
+        try:
+            run.wait_for("never", "never")
+        except FlowCancelled:
+            try:
+                run.flow(family.child, "waiting undo")
+            except StepFailed:
+                run.step(note, "undone otherwise")
+            raise
+
+    handle = cleans.start()
+    bench.work()
+    handle.cancel()
+    bench.work()
+    family.children_of(handle)["waiting undo"].cancel()
+    with pytest.raises(FlowCancelled):
+        bench.finish(handle)
+    assert family.effects[-1] == "undone otherwise"
+
+
+def test_a_childs_result_that_the_database_writes_longer_is_not_refused(family: Family) -> None:
+    """jsonb writes 1e300 in 301 digits; the limit holds for what the flow returned."""
+    bench = family.bench
+
+    @bench.flows.flow("large")
+    def large(run: Run) -> list[float]:
+        return [1e300] * 20_000
+
+    @bench.flows.flow("asks for the large one")
+    def asks(run: Run) -> int:
+        return len(run.flow(large))
+
+    assert bench.finish(asks.start()) == 20_000
+    with bench.store.engine.begin() as connection:  # the fixture's own audit measures rows again, too
+        connection.execute(sa.delete(flows))
+
+
+def test_children_are_asked_to_cancel_once(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, asked = family.bench, []
+    request_cancel = type(bench.flows.manager).request_cancel
+
+    def request(manager: Any, flow_id: UUID, **options: Any) -> Any:
+        asked.append(flow_id)
+        return request_cancel(manager, flow_id, **options)
+
+    handle = family.parent.start([f"waiting {number}" for number in range(8)])
+    bench.work()
+    monkeypatch.setattr(type(bench.flows.manager), "request_cancel", request)
+    handle.cancel()
+    with pytest.raises(FlowCancelled):
+        bench.finish(handle)
+    assert len(asked) == len(set(asked)) == 9  # the parent, and each child

@@ -64,7 +64,7 @@ def worker_stopped(stage: Stage) -> float:
     worker, pid = _held_and_another(stage)
     at = boottime()
     with proof("the whole worker stood still"):
-        assert pid in worker.freeze()
+        assert pid in worker.freeze_between_writes(stage.shop.flows.store.engine.url)
     seconds = stage.began_again("work") - at
     worker.thaw()
     stage.open_gate()

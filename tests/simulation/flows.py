@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 from celery import Celery, Signature
 
 from celery_flows import FlowCancelled, Flows, Run, StepFailed, WaitTimedOut
+from celery_flows.store import dispatch
 from celery_flows.tasks.run import run_id_of
 from tests.simulation.invariants import Observer
-from tests.simulation.world import SimulatedPublisher, Violation, World, make_store
+from tests.simulation.world import Crash, SimulatedPublisher, SimulatedStopping, Violation, World, make_store
+
+MAX_CRASHES = 4
 
 store = make_store()
 observer = Observer(store)
 store.observer = observer
 
 app = Celery("simulation", broker="memory://", set_as_current=False)
-app.conf.update(task_default_queue="simulation", flow_lease_seconds=30, flow_republish_seconds=5, flow_max_crashes=4)
+app.conf.update(
+    task_default_queue="simulation", flow_lease_seconds=30, flow_republish_seconds=5, flow_max_crashes=MAX_CRASHES
+)
 flows = Flows(app, store=store)
 flows.runtime.__dict__["publisher"] = SimulatedPublisher()
+flows.runtime.stopping = SimulatedStopping()  # type: ignore[assignment]
 
 RETRY_SECONDS = 20
 
@@ -27,12 +34,31 @@ RETRY_SECONDS = 20
 def effect(flow_id: str, name: str, *, cleanup: bool = False, run_id: str | None = None) -> str:
     """A step's body: begins, may be interrupted, has its effect."""
     world = World.current
-    from uuid import UUID
-
     observer.begin_step(world.me(), flow_id, run_id or run_id_of(UUID(flow_id), name, 1), cleanup=cleanup)
     world.stop_here(f"in {name}")
     world.effects.append((flow_id, name))
     return name
+
+
+def kill(flow_id: str, name: str, run_id: str | None = None) -> None:
+    """A step's body that ends its process."""
+    world = World.current
+    actor = world.me()
+    assert actor is not None
+    effect(flow_id, name, run_id=run_id)
+    world.deaths[flow_id, name] += 1
+    world.lose(leases_of(actor.token))
+    world.say(f"{actor.name} is killed by {name}")
+    actor.dead = True
+    if world.rng.random() < 0.7:
+        world.spawn("parent", lambda: store.run(dispatch.release, [actor.token]))
+    raise Crash
+
+
+def leases_of(token: str) -> list[tuple[str, int]]:
+    """The rows that a worker holds, with their fences."""
+    held = "SELECT run_id, fence FROM flow_dispatch WHERE worker LIKE ?"
+    return [(run_id, fence) for run_id, fence in observer.rows(held, f"{token}/%")]
 
 
 def one(flow_id: str) -> str:
@@ -51,6 +77,10 @@ def undo(flow_id: str) -> str:
     return effect(flow_id, "undo", cleanup=True)
 
 
+def deadly(flow_id: str) -> None:
+    kill(flow_id, "deadly")
+
+
 @app.task(bind=True, name="simulation.member", shared=False)
 def member(self: Any, flow_id: str, number: int, fails: bool = False) -> int:
     """A Celery step."""
@@ -60,16 +90,22 @@ def member(self: Any, flow_id: str, number: int, fails: bool = False) -> int:
     return number
 
 
-@app.task(bind=True, name="simulation.retried", shared=False, max_retries=2)
-def retried(self: Any, flow_id: str) -> int:
-    """A Celery step that succeeds at its second attempt."""
+@app.task(bind=True, name="simulation.retried", shared=False, max_retries=1)
+def retried(self: Any, flow_id: str, attempts: int = 2) -> int:
+    """A Celery step that succeeds at its ``attempts``-th attempt, if it has so many."""
     world = World.current
     if self.request.retries and world.clock < world.not_before[self.request.id]:
         raise Violation("(7) an attempt begins before its backoff has passed")
     effect(flow_id, "retried", run_id=self.request.id)
-    if self.request.retries < 1:
+    if self.request.retries + 1 < attempts:
         raise self.retry(countdown=RETRY_SECONDS, exc=RuntimeError("not yet"))
     return int(self.request.retries)
+
+
+@app.task(bind=True, name="simulation.poison", shared=False)
+def poison(self: Any, flow_id: str) -> None:
+    """A Celery step that kills whoever runs it."""
+    kill(flow_id, "poison", self.request.id)
 
 
 def members(run: Run, count: int, fails: int | None = None) -> list[Signature[int]]:
@@ -101,6 +137,31 @@ def gather_fails(run: Run) -> str:
     return "no member failed"
 
 
+@flows.flow("two-joins")
+def two_joins(run: Run) -> str:
+    """After a join that failed another follows; then it cleans up if it is cancelled."""
+    try:
+        try:
+            run.gather(members(run, 3, fails=1))
+        except StepFailed:
+            run.gather([member.s(str(run.flow_id), number) for number in (8, 9)])
+        return run.step(two, str(run.flow_id))
+    except FlowCancelled:
+        run.step(undo, str(run.flow_id))
+        raise
+
+
+@flows.flow("parent")
+def parent(run: Run) -> str:
+    """Runs flows as steps of its own, beside a Celery step, and cleans up if it is cancelled."""
+    try:
+        run.gather([member.s(str(run.flow_id), 1), inline.s(), gather.s()])
+        return run.step(two, str(run.flow_id))
+    except FlowCancelled:
+        run.step(undo, str(run.flow_id))
+        raise
+
+
 @flows.flow("gather-fails-for-good")
 def gather_fails_for_good(run: Run) -> None:
     run.gather(members(run, 3, fails=0))
@@ -108,19 +169,45 @@ def gather_fails_for_good(run: Run) -> None:
 
 @flows.flow("cleanup")
 def cleanup(run: Run) -> None:
-    """Is cancelled with members out, and cleans up."""
+    """Is cancelled with members out, and cleans up, here and by a Celery step."""
     try:
         run.gather(members(run, 2))
         run.sleep(timedelta(seconds=50))
         run.step(one, str(run.flow_id))
     except FlowCancelled:
         run.step(undo, str(run.flow_id))
+        run.step(member, str(run.flow_id), 9)
         raise
 
 
 @flows.flow("retry")
 def retry(run: Run) -> int:
     return int(run.step(retried, str(run.flow_id)))
+
+
+@flows.flow("retry-fails")
+def retry_fails(run: Run) -> str:
+    try:
+        run.step(retried, str(run.flow_id), 3)
+    except StepFailed:
+        return run.step(two, str(run.flow_id))
+    return "the step did not fail"
+
+
+@flows.flow("poisoned-step")
+def poisoned_step(run: Run) -> str:
+    try:
+        run.step(poison, str(run.flow_id))
+    except StepFailed as failed:
+        run.step(two, str(run.flow_id))
+        return failed.type
+    return "the step did not fail"
+
+
+@flows.flow("poisoned-driver")
+def poisoned_driver(run: Run) -> None:
+    run.step(one, str(run.flow_id))
+    run.step(deadly, str(run.flow_id))
 
 
 @flows.flow("sleep")

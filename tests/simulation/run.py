@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 from uuid import UUID
 
 import sqlalchemy as sa
+import uuid_utils.compat
 
 from celery_flows import FlowHandle
 from celery_flows.store import audit, dispatch
@@ -16,15 +18,16 @@ from celery_flows.store.dispatch import Hint
 from celery_flows.store.tables import flow_dispatch
 from celery_flows.tasks import drive as drive_module
 from celery_flows.tasks import maintenance
+from celery_flows.tasks import runtime as runtime_module
 from celery_flows.tasks import steps as steps_module
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.steps import Delivery, run_step
-from tests.simulation.flows import flows, observer, store
+from tests.simulation.flows import MAX_CRASHES, flows, leases_of, observer, store
 from tests.simulation.scenarios import SCENARIOS, Scenario
-from tests.simulation.world import Actor, Violation, World, clean, later
+from tests.simulation.world import Actor, Violation, World, as_text, clean, later
 
 MAX_MOVES, MAX_ROUNDS = 600, 80
-CRASHES, DROPS, DOUBLES, JUMPS = 2, 2, 2, 2
+CRASHES, DROPS, DOUBLES, JUMPS, STOPS, TROUBLES = 2, 2, 2, 2, 2, 2
 
 
 class Run:
@@ -34,8 +37,16 @@ class Run:
         self.world = World(seed)
         self.rng = self.world.rng
         self.scenario = scenario or self.rng.choice(SCENARIOS)
-        self.left = {"crash": self.rng.randrange(CRASHES + 1), "drop": DROPS, "double": DOUBLES,
-                     "jump": self.rng.randrange(JUMPS + 1)}  # fmt: skip
+        some = self.rng.randrange
+        self._fault_rate = self.rng.choice((0.04, 0.12, 0.25))
+        self.left = {
+            "crash": some(CRASHES + 1),
+            "drop": DROPS,
+            "double": DOUBLES,
+            "jump": some(JUMPS + 1),
+            "stop": some(STOPS + 1),
+        }
+        self.world.troubles = {"busy": some(TROUBLES + 1), "lost reply": some(TROUBLES + 1)}
         self._workers = 0
 
     def play(self) -> None:
@@ -44,8 +55,9 @@ class Run:
         Raises:
             Violation: with the log of the run.
         """
+        World.current = self.world
         try:
-            with clean(store), own_clock():
+            with clean(store), own_machine():
                 observer.reset()
                 self.handles = self.scenario.begin(self.world)
                 self._chaos()
@@ -73,22 +85,19 @@ class Run:
 
     def _move(self, live: list[Actor]) -> None:
         dice = self.rng.random()
-        if live and dice < 0.72:
+        if dice < self._fault_rate:
+            faults = (self._freeze, self._freeze, self._crash, self._crash, self._stop, self._renew, self._hold_up)
+            self.rng.choice(faults)(live)
+        elif live and dice < 0.78:
             self.rng.choice(live).go_on()
-        elif dice < 0.86:
+        elif dice < 0.9:
             self._deliver()
-        elif dice < 0.91:
+        elif dice < 0.94:
             self._spawn_sweep(live)
-        elif dice < 0.95:
+        elif dice < 0.97:
             self._pass(self.rng.choice((0.5, 2, 6)))
-        elif dice < 0.97 and self.left["jump"]:
-            self.left["jump"] -= 1
-            self._freeze(live)
-            self._pass(31)
-        elif dice < 0.975:
+        else:
             self._thaw()
-        elif dice < 0.99 and self.left["crash"]:
-            self._crash(live)
 
     def _deliver(self) -> None:
         if not self.world.messages:
@@ -120,45 +129,74 @@ class Run:
 
     def _pass(self, seconds: float) -> None:
         self.world.clock += later(seconds)
-        clock = self.world.clock.strftime("%Y-%m-%d %H:%M:%S.%f")
-        ended = observer.rows("SELECT run_id, fence FROM flow_dispatch WHERE worker IS NOT NULL AND due_at <= ?", clock)
-        self._lose(ended)
+        ended = "SELECT run_id, fence FROM flow_dispatch WHERE worker IS NOT NULL AND due_at <= ?"
+        self.world.lose([(run_id, fence) for run_id, fence in observer.rows(ended, as_text(self.world.clock))])
         self.world.say(f"{seconds} s pass")
 
     def _crash(self, live: list[Actor]) -> None:
         victims = [actor for actor in live if actor.killable]
-        if not victims:
+        if not victims or not self.left["crash"]:
             return
         self.left["crash"] -= 1
         victim = self.rng.choice(victims)
-        self._lose(observer.rows("SELECT run_id, fence FROM flow_dispatch WHERE worker LIKE ?", f"{victim.token}/%"))
+        self.world.lose(leases_of(victim.token))
         self.world.say(f"{victim.name} dies {victim.at}")
         victim.crash()
         if victim.token and self.rng.random() < 0.5:  # its parent notices, sooner or later
             token = victim.token
             self.world.spawn("parent", lambda: store.run(dispatch.release, [token]))
 
+    def _stop(self, live: list[Actor]) -> None:
+        """Tells a worker to stop: to begin nothing new, or to end at once. Then its parent hands back what it held."""
+        workers = [actor for actor in live if actor.token and not actor.stopping]
+        if not workers or not self.left["stop"]:
+            return
+        self.left["stop"] -= 1
+        worker = self.rng.choice(workers)
+        worker.stopping = True
+        self.world.say(f"{worker.name} is told to stop {worker.at}")
+        if self.rng.random() < 0.5:
+            self.world.say(f"{worker.name} is ended {worker.at}")
+            worker.crash()
+            self.world.spawn("stopping parent", lambda: self._hand_back(worker.token), killable=False)
+
+    def _hand_back(self, token: str) -> None:
+        store.run(dispatch.hand_back_all, store.run(dispatch.list_holders, f"{token}/"))
+
+    def _renew(self, live: list[Actor]) -> None:
+        """A parent renews what a process of its tree holds, which may have been overtaken long ago."""
+        tokens = [actor.token for actor in live if actor.token]
+        if tokens:
+            token = self.rng.choice(tokens)
+            lease = flows.runtime.settings.lease_seconds
+            self.world.spawn("renewing parent", lambda: store.run(dispatch.renew, [token], lease))
+
     def _freeze(self, live: list[Actor]) -> None:
         """Stops a worker in its tracks, so that its lease ends and another takes over before it goes on."""
         workers = [actor for actor in live if actor.token]
-        if workers:
-            victim = self.rng.choice(workers)
-            victim.frozen = True
-            self.world.say(f"{victim.name} freezes {victim.at}")
+        if not workers or not self.left["jump"]:
+            return
+        self.left["jump"] -= 1
+        victim = self.rng.choice(workers)
+        victim.frozen = True
+        self.world.say(f"{victim.name} freezes {victim.at}")
+        self._pass(31)
+
+    def _hold_up(self, live: list[Actor]) -> None:
+        """Somebody is slow, but lives within his lease; the others go on."""
+        if len(live) > 1:
+            self.rng.choice(live).frozen = True
 
     def _thaw(self) -> None:
         for actor in self.world.actors:
             actor.frozen = False
-
-    def _lose(self, leases: list[tuple[Any, ...]]) -> None:
-        for run_id, fence in leases:
-            self.world.lost.setdefault(run_id, set()).add(fence)
 
     # ---- quiet ----
 
     def _quiet(self) -> None:
         """No more faults. Messages are delivered before time passes, or the worst flaws hide."""
         self.world.say("quiet")
+        self.world.troubles.clear()
         for number in range(MAX_ROUNDS):
             self._run_all()
             self._thaw()
@@ -212,13 +250,14 @@ class Run:
             return
         reason = flow.state_json.get("failure", {}).get("reason")
         given_up = reason in ("lost", "StepLost") or "StepLost" in str(flow.error_json)
-        if not (self.scenario.may_lose and given_up and any(len(fences) >= 4 for fences in self.world.lost.values())):
+        often = any(len(fences) >= MAX_CRASHES for fences in self.world.lost.values())
+        if not (self.scenario.may_lose and given_up and often):
             raise Violation(f"flow ended as {flow.status} ({reason}: {flow.error_json})")
 
 
 @contextmanager
-def own_clock() -> Iterator[None]:
-    """Workers' own clocks are the world's."""
+def own_machine() -> Iterator[None]:
+    """Workers' own clocks are the world's, and what they draw at random is drawn from the seed."""
 
     def boottime() -> float:
         return World.current.boottime()
@@ -226,4 +265,7 @@ def own_clock() -> Iterator[None]:
     with ExitStack() as patches:
         for module in (drive_module, steps_module):
             patches.enter_context(patch.object(module, "boottime", boottime))
+        tokens = SimpleNamespace(token_hex=lambda count: World.current.token_hex(count))
+        patches.enter_context(patch.object(runtime_module, "secrets", tokens))
+        patches.enter_context(patch.object(uuid_utils.compat, "uuid7", lambda: World.current.new_id()))
         yield

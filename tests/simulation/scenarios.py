@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from celery_flows import FlowError, FlowHandle
+from celery_flows import FlowError, FlowHandle, FlowStepStatus
+from celery_flows.tasks.drive import drive
+from celery_flows.tasks.run import run_id_of
+from celery_flows.tasks.steps import Delivery, run_step
 from tests.simulation import flows as defined
 from tests.simulation.flows import flows
 from tests.simulation.world import World
@@ -29,16 +32,23 @@ def _starts(*definitions: Any) -> Callable[[World], list[FlowHandle[Any]]]:
     return lambda world: [definition.start() for definition in definitions]
 
 
-def _quietly(action: Callable[[], object]) -> Callable[[], None]:
-    """An API caller: what it is refused is its own affair."""
+def _quietly(action: Callable[[], object], patience: tuple[int, ...] = (0, 8, 30, 90)) -> Callable[[], None]:
+    """An API caller, who comes sooner or later: what it is refused is its own affair."""
 
     def act() -> None:
+        for _ in range(World.current.rng.choice(patience)):
+            World.current.stop_here("not there yet")
         try:
             action()
         except FlowError:
             World.current.say("the caller was refused")
 
     return act
+
+
+def _update_often(handle: FlowHandle[Any]) -> None:
+    for number in range(3):
+        flows.manager.update_state(handle.id, {"seen": number})
 
 
 def _pause_a_while(handle: FlowHandle[Any]) -> None:
@@ -50,7 +60,7 @@ ACTIONS: dict[str, Callable[[FlowHandle[Any]], object]] = {
     "cancel": lambda handle: handle.cancel(),
     "fail": lambda handle: flows.manager.fail(handle.id, "by hand"),
     "hard cancel": lambda handle: flows.manager.cancel(handle.id),
-    "update": lambda handle: flows.manager.update_state(handle.id, {"seen": True}),
+    "update": _update_often,
     "resume": lambda handle: handle.resume(),
     "pause": _pause_a_while,
 }
@@ -64,6 +74,48 @@ def _with(action: str, *definitions: Any) -> Callable[[World], list[FlowHandle[A
         for handle in handles:
             world.spawn(action, _quietly(partial(ACTIONS[action], handle)), killable=action == "cancel")
         return handles
+
+    return begin
+
+
+def _cancels_beside_a_member(definition: Any) -> Callable[[World], list[FlowHandle[Any]]]:
+    """Cancels when one member is at work and another is not; who is at work when it drains takes his time."""
+
+    def begin(world: World) -> list[FlowHandle[Any]]:
+        handle = definition.start()
+
+        def hold_members_up() -> None:
+            for actor in world.actors:
+                actor.frozen = actor.frozen or actor.at.startswith("in member")
+
+        def cancel() -> None:
+            for _ in range(200):
+                members = [row for row in defined.observer.dispatch().values() if row["kind"] == "step"]
+                if len({row["worker"] is None for row in members}) == 2:
+                    break
+                World.current.stop_here("watching the members")
+            handle.cancel()
+
+        world.at_stop["after drain"] = hold_members_up
+        world.spawn("cancel", _quietly(cancel, patience=(0,)), killable=False)
+        return [handle]
+
+    return begin
+
+
+def _with_a_late_message(definition: Any) -> Callable[[World], list[FlowHandle[Any]]]:
+    """A message that was long about comes when a sweep is just giving its work up."""
+
+    def begin(world: World) -> list[FlowHandle[Any]]:
+        handle = definition.start()
+        run_id, delivery = run_id_of(handle.id, "simulation.poison", 1), Delivery("late", "simulation", False)
+        world.at_stop["before fail_lost"] = lambda: world.spawn(
+            "late", lambda: drive(flows.runtime, handle.id, "late"), token="late"
+        )
+        world.at_stop["before complete_step"] = lambda: world.spawn(
+            "late", lambda: run_step(flows.runtime, run_id, delivery), token="late"
+        )
+        return [handle]
 
     return begin
 
@@ -84,6 +136,70 @@ def _emit_missing(world: World, handles: list[FlowHandle[Any]]) -> None:
         flows.emit("topic", "key", "late")
 
 
+def _emits_at_the_last_moment(world: World) -> list[FlowHandle[Any]]:
+    """The event comes when the waiter has looked for it and is about to park."""
+    emit = _quietly(partial(flows.emit, "topic", "key", 0), patience=(0,))
+    world.at_stop["before park"] = lambda: world.spawn("emitter", emit)
+    return [defined.event.start()]
+
+
+def _starts_twice(world: World) -> list[FlowHandle[Any]]:
+    """Two callers start the same piece of work."""
+    handles: list[FlowHandle[Any]] = []
+
+    def start() -> None:
+        handles.append(defined.inline.start(key="order 7"))
+
+    for number in range(2):
+        world.spawn(f"starter-{number}", _quietly(start), killable=False)
+    return handles
+
+
+def _started_once(world: World, handles: list[FlowHandle[Any]]) -> None:
+    assert len({handle.id for handle in handles}) == 1, f"one key, two flows: {handles}"
+
+
+def _two_waiters_and_a_cancel(world: World) -> list[FlowHandle[Any]]:
+    handles = _emits(1, defined.event, defined.event)(world)
+    world.spawn("cancel", _quietly(handles[0].cancel))
+    return handles
+
+
+def _observed(world: World) -> list[FlowHandle[Any]]:
+    """Somebody records by hand what he thinks came of steps that workers run."""
+    handles = [defined.gather.start()]
+    flow_id = handles[0].id
+
+    def observe(number: int) -> None:
+        seen: dict[str, Any] = {"flow_id": flow_id, "run_id": run_id_of(flow_id, "simulation.member", number)}
+        flows.manager.record_step_observation(**seen, task="simulation.member", status=FlowStepStatus.SUCCEEDED)
+
+    def wait_and_observe() -> None:
+        for number in (1, 2):
+            for _ in range(40):  # then he has lost his patience
+                if flows.runtime.store.find_step_by_run_id(flow_id, run_id_of(flow_id, "simulation.member", number)):
+                    observe(number)
+                    break
+
+    world.spawn("observer", _quietly(wait_and_observe), killable=False)
+    return handles
+
+
+def _deaths_are_few(world: World, handles: list[FlowHandle[Any]]) -> None:
+    # A message that is still about may come between the last death and the sweep that gives up.
+    most = max(world.deaths.values(), default=0)
+    assert most <= 2 * defined.MAX_CRASHES, f"one step killed {most} workers"
+
+
+def _cleaned_up(world: World, handles: list[FlowHandle[Any]]) -> None:
+    """Who was cancelled has cleaned up, unless that was given up after too many crashes."""
+    for handle in handles:
+        often = any(len(fences) >= defined.MAX_CRASHES for fences in world.lost.values())
+        if handle.status() == "cancelled" and not often:
+            effects = {name for flow_id, name in world.effects if flow_id == str(handle.id)}
+            assert {"undo", "member-9"} <= effects, f"cancelled and not cleaned up: {effects}"
+
+
 def _each_event_once(world: World, handles: list[FlowHandle[Any]]) -> None:
     taken = [handle.result(0) for handle in handles if handle.status() == "finished"]
     payloads = [payload for payload in taken if payload not in ("timed out", "late")]
@@ -98,10 +214,22 @@ SCENARIOS = [
     Scenario("gather fails", _starts(defined.gather_fails), may_lose=True),
     Scenario("gather fails for good", _starts(defined.gather_fails_for_good), ends=("failed",)),
     Scenario("retry", _starts(defined.retry), may_lose=True),
+    Scenario("retry fails", _starts(defined.retry_fails), may_lose=True),
+    Scenario("poisoned step", _with_a_late_message(defined.poisoned_step), may_lose=True, check=_deaths_are_few),
+    Scenario("poisoned driver", _with_a_late_message(defined.poisoned_driver), ends=("failed",), check=_deaths_are_few),
+    Scenario("two starts", _starts_twice, may_lose=True, check=_started_once),
+    Scenario("observed by hand", _observed, may_lose=True),
     Scenario("sleep", _starts(defined.sleep), may_lose=True),
     Scenario("cancel inline", _with("cancel", defined.inline), ends=ANY_END),
     Scenario("cancel gather", _with("cancel", defined.gather), ends=ANY_END),
-    Scenario("cancel cleanup", _with("cancel", defined.cleanup), ends=ANY_END),
+    Scenario("cancel cleanup", _with("cancel", defined.cleanup), ends=ANY_END, check=_cleaned_up),
+    Scenario("children", _starts(defined.parent), may_lose=True),
+    Scenario("cancel parent", _with("cancel", defined.parent), ends=ANY_END),
+    Scenario("fail parent by hand", _with("fail", defined.parent), ends=ANY_END),
+    Scenario("two joins", _starts(defined.two_joins), may_lose=True),
+    Scenario("cancel two joins", _with("cancel", defined.two_joins), ends=ANY_END),
+    Scenario("cancel beside a member", _cancels_beside_a_member(defined.cleanup), ends=ANY_END, check=_cleaned_up),
+    Scenario("cancel beside a straggler", _cancels_beside_a_member(defined.two_joins), ends=ANY_END),
     Scenario("cancel sleep", _with("cancel", defined.sleep), ends=ANY_END),
     Scenario("cancel failing gather", _with("cancel", defined.gather_fails), ends=ANY_END),
     Scenario("cancel event", _with("cancel", defined.event), _emit_missing, ends=ANY_END),
@@ -111,11 +239,14 @@ SCENARIOS = [
     Scenario("resume by hand", _with("resume", defined.sleep), may_lose=True),
     Scenario("pause", _with("pause", defined.gather), may_lose=True),
     Scenario("one event", _emits(1, defined.event), _emit_missing, may_lose=True, check=_each_event_once),
+    Scenario("event before the park", _emits_at_the_last_moment, _emit_missing, may_lose=True, check=_each_event_once),
     Scenario("two events", _emits(2, defined.event), _emit_missing, may_lose=True, check=_each_event_once),
     Scenario(
         "two waiters",
         _emits(2, defined.event, defined.event), _emit_missing, may_lose=True, check=_each_event_once,
     ),
+    Scenario("two waiters, one cancelled", _two_waiters_and_a_cancel, _emit_missing, ends=ANY_END,
+             check=_each_event_once),
     Scenario("event or timeout", _emits(1, defined.event_timeout), may_lose=True, check=_each_event_once),
     Scenario(
         "two waiters, one may time out",

@@ -11,8 +11,8 @@ import pytest
 
 from celery_flows.store import LeaseLost
 from celery_flows.tasks.drive import surely_held
-from tests.simulation.mutants import MUTANTS, Mutant
-from tests.simulation.run import Run, own_clock
+from tests.simulation.mutants import HARMLESS, MUTANTS, Harmless, Mutant
+from tests.simulation.run import Run, own_machine
 from tests.simulation.scenarios import SCENARIOS, Scenario
 from tests.simulation.world import Violation, World, later
 
@@ -48,19 +48,42 @@ def test_a_renewal_that_took_longer_than_a_lease_is_not_trusted() -> None:
 
     runtime: Any = SimpleNamespace(store=SimpleNamespace(run=renew), settings=SimpleNamespace(lease_seconds=30.0))
     holder: Any = claim
-    with own_clock(), pytest.raises(LeaseLost):
+    with own_machine(), pytest.raises(LeaseLost):
         surely_held(runtime, holder, until=0.0)
 
     assert asked == [0.0, 31.0]
 
 
+def test_a_seed_replays_exactly() -> None:
+    for seed in range(SEEDS):
+        first, second = Run(seed), Run(seed)
+        first.play()
+        second.play()
+        assert first.world.log == second.world.log
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_rule_that_is_missing_is_noticed(mutant: Mutant) -> None:
-    scenarios = [scenario for scenario in SCENARIOS if scenario.name in mutant.scenarios]
     with mutant.planted():
         for seed in range(mutant.first_seed, mutant.first_seed + SEARCH):
-            try:
-                Run(seed, scenarios[seed % len(scenarios)]).play()
-            except Violation:
+            if violation_of(mutant, seed) is not None:
                 return
     pytest.fail(f"{SEARCH} seeds did not notice that {mutant.name}")
+
+
+@pytest.mark.parametrize("harmless", HARMLESS, ids=lambda harmless: harmless.mutant.name)
+def test_a_rule_that_another_makes_up_for_may_be_missing(harmless: Harmless) -> None:
+    with harmless.mutant.planted():
+        for seed in range(SEEDS * len(harmless.mutant.scenarios)):
+            assert violation_of(harmless.mutant, seed) is None, harmless.because
+
+
+def violation_of(mutant: Mutant, seed: int) -> Violation | None:
+    """What the simulation finds with this seed, in one of the mutant's scenarios."""
+    scenarios = [scenario for scenario in SCENARIOS if scenario.name in mutant.scenarios]
+    assert len(scenarios) == len(mutant.scenarios), "a scenario's name is wrong"
+    try:
+        Run(seed, scenarios[seed % len(scenarios)]).play()
+    except Violation as violation:
+        return violation
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,12 +41,18 @@ class Actor:
     killable: bool = True
     dead: bool = False
     frozen: bool = False  # stopped, as by SIGSTOP: time passes, it does not notice
+    stopping: bool = False  # told to stop, as by SIGTERM
+    begun_stopping: int = 0  # steps it has begun since
     token: str = ""
     claims: dict[str, int] = field(default_factory=dict)  # run id → fence, as this actor claimed it
+    looked: dict[str, int] = field(default_factory=dict)  # event key → the inbox's last position at its last look
     at: str = "begin"
 
     def __post_init__(self) -> None:
-        self._greenlet = greenlet(self._run)
+        scheduler = getcurrent()
+        while scheduler.parent is not None:  # an actor may bring up another
+            scheduler = scheduler.parent
+        self._greenlet = greenlet(self._run, scheduler)
 
     def _run(self) -> None:
         try:
@@ -61,6 +68,10 @@ class Actor:
         """Runs the actor up to its next stop."""
         self._greenlet.switch()
 
+    def holds(self, worker: str | None) -> bool:
+        """Whether a row with this worker is this actor's."""
+        return bool(self.token) and worker is not None and worker.startswith(f"{self.token}/")
+
     def crash(self) -> None:
         """Kills the actor where it stands. What it does on its way down no longer reaches the world."""
         self.dead = True
@@ -75,13 +86,18 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
+        self._ids = random.Random(f"ids of {seed}")
         self.clock = START
         self.actors: list[Actor] = []
         self.messages: list[Hint] = []
         self.log: list[str] = []
         self.effects: list[tuple[str, str]] = []  # run id or name, what
         self.lost: dict[str, set[int]] = {}  # run id → fences whose holder died, or whose lease ended
+        self.uncounted: dict[str, set[int]] = {}  # the same, of those since the last record of the row's owner
+        self.deaths: Counter[tuple[str, str]] = Counter()  # flow id and step's name → workers it has killed
         self.not_before: dict[str, datetime] = {}  # run id → when its next attempt may begin
+        self.at_stop: dict[str, Callable[[], object]] = {}  # what comes up when an actor first stops there
+        self.troubles: dict[str, int] = {}  # of the database: how many are left; none once it is quiet
         World.current = self
 
     # ---- actors ----
@@ -105,14 +121,40 @@ class World:
         if actor.dead:
             raise Crash
         actor.at = where
+        if (comes_up := self.at_stop.pop(where, None)) is not None:
+            comes_up()
         assert actor._greenlet.parent is not None
         actor._greenlet.parent.switch()
         if actor.dead:
             raise Crash
 
+    def troubled_by(self, trouble: str) -> bool:
+        """Whether the database is in this trouble just now, for an actor."""
+        if not self.troubles.get(trouble) or self.me() is None or self.rng.random() > 0.04:
+            return False
+        self.troubles[trouble] -= 1
+        return True
+
+    def lose(self, leases: list[tuple[str, int]]) -> None:
+        """These leases ended with their holder's life, or by time."""
+        for run_id, fence in leases:
+            self.lost.setdefault(run_id, set()).add(fence)
+            self.uncounted.setdefault(run_id, set()).add(fence)
+
+    # ---- what a process asks its machine ----
+
     def boottime(self) -> float:
         """Every process's own clock; time that passes while an actor is stopped passes for it too."""
         return (self.clock - START).total_seconds()
+
+    def new_id(self) -> UUID:
+        """A UUID of version 7, the same in every replay of the seed."""
+        milliseconds = int(self.clock.timestamp() * 1000)
+        return UUID(int=milliseconds << 80 | 7 << 76 | self._ids.getrandbits(12) << 64 | 2 << 62
+                    | self._ids.getrandbits(62))  # fmt: skip
+
+    def token_hex(self, count: int) -> str:
+        return self._ids.randbytes(count).hex()
 
     def say(self, line: str) -> None:
         self.log.append(f"{self.boottime():7.1f} {line}")
@@ -130,6 +172,14 @@ class SimulatedPublisher:
         return len(hints)
 
 
+class SimulatedStopping:
+    """Whether the worker that asks has been told to stop."""
+
+    def is_set(self) -> bool:
+        actor = World.current.me()
+        return actor is not None and actor.stopping
+
+
 class SimulatedStore(SqlFlowStore):
     """The real store over SQLite in memory, whose every transaction is a stop of the scheduler's."""
 
@@ -142,17 +192,23 @@ class SimulatedStore(SqlFlowStore):
         name = step.operation.__name__
         world.stop_here(f"before {name}")
         actor = world.me()
-        before = self.observer.before(actor, step)
+        who = actor.name if actor else "setup"
+        if world.troubled_by("busy"):
+            world.say(f"{who}: {name} finds the database locked")
+            raise sa.exc.OperationalError(name, None, Exception("database is locked"))
         try:
             answer = super()._perform(step)
         except Exception as error:
-            world.say(f"{actor.name if actor else 'setup'}: {name} raised {type(error).__name__}")
-            self.observer.after(actor, step, before, None, failed=True)
+            world.say(f"{who}: {name} raised {type(error).__name__}")
+            self.observer.after(actor, step, None, failed=True)
             world.stop_here(f"after {name}")
             raise
-        world.say(f"{actor.name if actor else 'setup'}: {name}")
-        self.observer.after(actor, step, before, answer, failed=False)
+        world.say(f"{who}: {name}")
+        self.observer.after(actor, step, answer, failed=False)
         world.stop_here(f"after {name}")
+        if world.troubled_by("lost reply"):
+            world.say(f"{who}: the reply is lost")
+            raise sa.exc.OperationalError(name, None, Exception("the server closed"), connection_invalidated=True)
         return answer
 
 
@@ -171,7 +227,12 @@ def make_store() -> SimulatedStore:
 
 def _strftime(form: str, base: str, *_: Any) -> str:
     assert base == "now"
-    return World.current.clock.strftime("%Y-%m-%d %H:%M:%S.%f")
+    return as_text(World.current.clock)
+
+
+def as_text(moment: datetime) -> str:
+    """A time as SQLite keeps it."""
+    return moment.strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
 @contextmanager

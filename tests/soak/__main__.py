@@ -42,8 +42,10 @@ def main(
     repeat = f"python -m tests.soak --minutes {minutes:g} --seed {chosen} --broker {broker}"
     repeat += f" --database {database}" if database else ""
     click.echo(f"seed {chosen}; to repeat the monkey's choices: {repeat}")
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job would ignore the first
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    # A shell's background job ignores it, and so would our workers, until Celery has its handler in place.
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     verdict = soak(minutes * 60, chosen, broker, database, keep)
     for line in verdict.lines():
         click.echo(line)

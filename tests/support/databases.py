@@ -14,9 +14,10 @@ import getpass
 import itertools
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from sqlalchemy.pool import NullPool
 
 from celery_flows.store import schema
 from celery_flows.store.engines import make_engine, parse_url
-from celery_flows.store.tables import flow_dispatch, flow_inbox, flows
+from celery_flows.store.tables import flow_dispatch, flow_heartbeats, flow_inbox, flows
 
 VARIABLE = "TEST_DATABASE_URL"
 
@@ -185,8 +186,13 @@ def _empty(url: str) -> None:
     engine = sa.create_engine(url, poolclass=NullPool)
     with engine.begin() as connection:
         connection.exec_driver_sql(f"{others} pg_backend_pid()")
-        for table in (flow_inbox, flow_dispatch, flows):  # steps and events go with their flows
-            connection.execute(sa.delete(table))
+        wipe(connection)
+
+
+def wipe(connection: sa.Connection) -> None:
+    """Empties our tables."""
+    for table in (flow_inbox, flow_dispatch, flow_heartbeats, flows):  # steps and events go with their flows
+        connection.execute(sa.delete(table))
 
 
 def _migrate(url: str) -> None:
@@ -195,3 +201,15 @@ def _migrate(url: str) -> None:
         schema.upgrade(engine)
     finally:
         engine.dispose()
+
+
+def is_locked(url: str | sa.URL) -> bool:
+    """Whether somebody writes into this SQLite database just now, so that nobody else can."""
+    path = sa.make_url(url).database
+    with closing(sqlite3.connect(str(path), timeout=0, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            return "locked" in str(error)
+        connection.execute("ROLLBACK")
+    return False

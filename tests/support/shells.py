@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from celery_flows.store import AsyncFlowManager, AsyncFlowStore, FlowManager, SqlFlowStore
 from celery_flows.store.engines import make_async_engine, make_engine
-from celery_flows.store.tables import flow_dispatch, flow_heartbeats, flow_inbox, flows
+from tests.support.databases import wipe
 
 
 class Awaited:
@@ -49,12 +49,6 @@ class Shell:
     store: SqlFlowStore
     manager: FlowManager
     within: Callable[[str], AbstractContextManager[Bound]]
-
-
-def wipe(connection: sa.Connection) -> None:
-    """Empties our tables."""
-    for table in (flow_inbox, flow_dispatch, flow_heartbeats, flows):  # steps and events go with their flows
-        connection.execute(sa.delete(table))
 
 
 @contextmanager

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import sqlalchemy as sa
+
+from tests.support.databases import is_locked
 from tests.support.shop import READY
 from tests.support.waiting import until
 
@@ -74,6 +77,18 @@ class Worker:
         pids = [self.process.pid, *self.children()]
         until(lambda: all(state_of(pid) == "T" for pid in pids), "the worker's processes stand still")
         return pids
+
+    def freeze_between_writes(self, database: sa.URL) -> list[int]:
+        """:meth:`freeze`, at a moment when none of them is SQLite's one writer: that would stop all others, too."""
+
+        def frozen() -> list[int]:
+            pids = self.freeze()
+            if database.get_backend_name() == "sqlite" and is_locked(database):
+                self.thaw()
+                return []
+            return pids
+
+        return until(frozen, "the worker stands still, and others can write")
 
     def thaw(self) -> None:
         """SIGCONT of parent and children."""
