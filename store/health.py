@@ -56,11 +56,11 @@ def list_heartbeats(conn: Connection) -> dict[str, Heartbeat]:
     return {row.name: Heartbeat(*row) for row in conn.execute(sa.select(*flow_heartbeats.c))}
 
 
-# ---- work that stands -----------------------------------------------------------------------------------------------
+# ---- work that waits ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Group:
     """Rows of ``flow_dispatch`` that have something in common."""
 
     count: int
@@ -69,28 +69,28 @@ class Standing:
 
 
 @reads
-def list_waiting(conn: Connection) -> list[Standing]:
+def list_waiting(conn: Connection) -> list[Group]:
     """Work that a worker is to take now and none holds, by queue (None: the default one)."""
     wanted = sa.or_(_d.due_at <= now(conn), _d.publish_count > 0)
     return _grouped(conn, sa.and_(_WORK, _d.worker.is_(None), wanted), by_task=False)
 
 
 @reads
-def list_unclaimed(conn: Connection, times: int) -> list[Standing]:
+def list_unclaimed(conn: Connection, times: int) -> list[Group]:
     """Work that was published so many times, and that no worker has taken."""
     return _grouped(conn, sa.and_(_WORK, _d.worker.is_(None), _d.publish_count >= times))
 
 
 @reads
-def list_needed(conn: Connection, kind: str) -> list[Standing]:
+def list_needed(conn: Connection, kind: str) -> list[Group]:
     """The definitions (``drive``) or tasks (``step``) that open flows are in need of."""
     return _grouped(conn, sa.and_(_WORK, _d.kind == kind))
 
 
-def _grouped(conn: Connection, where: sa.ColumnElement[bool], *, by_task: bool = True) -> list[Standing]:
+def _grouped(conn: Connection, where: sa.ColumnElement[bool], *, by_task: bool = True) -> list[Group]:
     by = [_d.queue, _d.task] if by_task else [_d.queue]
     rows = conn.execute(sa.select(sa.func.count(), *by).where(where).group_by(*by).order_by(*by))
-    return [Standing(row[0], row[1], row[2] if by_task else None) for row in rows]
+    return [Group(row[0], row[1], row[2] if by_task else None) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ _ROW = (_d.run_id, _d.flow_id, _d.kind, _d.task, _d.worker, _d.crash_count)
 
 
 @reads
-def list_overdue(conn: Connection, seconds: float) -> tuple[int, datetime | None]:
+def overdue(conn: Connection, seconds: float) -> tuple[int, datetime | None]:
     """How many rows have been due for longer than this, and since when the first: sweeps look at what is due."""
     late = _d.due_at < sa.literal(now(conn) - timedelta(seconds=seconds), UtcDateTime())
     count, first = conn.execute(sa.select(sa.func.count(), sa.func.min(_d.due_at)).where(late)).one()

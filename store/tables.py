@@ -27,7 +27,8 @@ lease in one.
 - ``open_members`` counts the members of all joins that still have a row; ``join_group``, ``join_good`` and ``join_bad``
   are the group that is waited for: successes still needed, failures still borne. A member's row carries its group.
 
-Rows of a flow are inserted only in a transaction that moves that flow's revision; the transaction that makes it
+Rows of a flow are inserted only in a transaction that moves that flow's revision, but for the order to cancel a child,
+which its parent's end inserts; the transaction that makes it
 terminal closes its open steps and deletes all its rows.
 
 ``flow_inbox`` keeps external events until a flow has waited for them; ``consumed_by`` is set once.
@@ -35,7 +36,8 @@ terminal closes its open steps and deletes all its rows.
 ``flow_heartbeats`` has a row for each chore: when somebody last did it, how often somebody should, and what came of it.
 
 Who writes: ``operations.py`` (records), ``dispatch.py`` (claims, transitions, completions), ``inbox.py`` (events),
-``health.py`` (heartbeats), each through ``postgresql.py`` or ``sqlite.py`` where the two differ.
+``children.py`` (child flows), ``health.py`` (heartbeats), each through ``postgresql.py`` or ``sqlite.py`` where the two
+differ.
 
 No index may name a column that the record of a step changes (``revision``, ``current_step``, ``updated_at``), not even
 a partial one: PostgreSQL could then not update the row in place (HOT). Hence ``rest_at``, equal to ``updated_at`` but

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 
-from celery_flows.store import AlreadyTerminal, Flow, FlowError, FlowNotFound, children, dispatch
+from celery_flows.store import AlreadyTerminal, Flow, FlowError, FlowNotFound, children
 from celery_flows.store.changes import Member
 from celery_flows.store.validation import check_name, encode_json
 
@@ -51,7 +51,7 @@ def cancel_child(runtime: Runtime, flow_id: UUID) -> None:
     """Asks a child to cancel, and calls its driver; one that has ended is left alone."""
     with suppress(AlreadyTerminal, FlowNotFound):
         runtime.manager.request_cancel(flow_id)
-        runtime.publisher.publish(*filter(None, [runtime.store.run(dispatch.find_hint, str(flow_id))]))
+        runtime.call_worker(str(flow_id))
 
 
 def settle_child(runtime: Runtime, run_id: str) -> bool:
@@ -76,5 +76,5 @@ def _cancel(runtime: Runtime, run_id: str) -> bool:
 def _close(runtime: Runtime, run_id: str) -> bool:
     settled = runtime.store.run(children.settle_child, run_id)
     if settled is not None and settled.woke:
-        runtime.publisher.publish(*filter(None, [runtime.store.run(dispatch.find_hint, str(settled.flow_id))]))
+        runtime.call_worker(str(settled.flow_id))
     return settled is not None

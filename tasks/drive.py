@@ -58,8 +58,7 @@ def passed_on(runtime: Runtime, run_id: str) -> bool:
     """Whether this worker is stopping, so that another is to do this: then its message has been sent again."""
     if not runtime.stopping.is_set():
         return False
-    hint = runtime.store.run(dispatch.find_hint, run_id)
-    runtime.publisher.publish(*filter(None, [hint]))
+    runtime.call_worker(run_id)
     return True
 
 

@@ -9,7 +9,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from celery_flows.store import FlowError, dispatch, inbox
+from celery_flows.store import FlowError, inbox
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.validation import check_name, encode_json
@@ -60,6 +60,6 @@ def hand_over(runtime: Runtime, key: str, *, own: UUID | None = None) -> int:
     moved = 0
     while (flow_id := runtime.store.run(inbox.hand_over_next, key)) is not None:
         moved += 1
-        if flow_id != own and (hint := runtime.store.run(dispatch.find_hint, str(flow_id))) is not None:
-            runtime.publisher.publish(hint)
+        if flow_id != own:
+            runtime.call_worker(str(flow_id))
     return moved

@@ -96,8 +96,7 @@ def _give_up(runtime: Runtime, row: Swept) -> None:
     failed = Completion(Holder(hint.run_id, row.fence, None), hint.flow_id, FlowStepStatus.FAILED, error=error)
     completed = runtime.store.run(dispatch.complete_step, failed)
     if completed is not None and completed.woke:
-        drive = runtime.store.run(dispatch.find_hint, str(hint.flow_id))
-        runtime.publisher.publish(*filter(None, [drive]))
+        runtime.call_worker(str(hint.flow_id))
 
 
 def _hand_over_event(runtime: Runtime, event_id: str) -> int:

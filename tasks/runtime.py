@@ -13,7 +13,7 @@ from pathlib import Path
 from celery import Celery
 from celery.utils.imports import import_from_cwd
 
-from celery_flows.store import FlowManager, InvalidData, SqlFlowStore, schema
+from celery_flows.store import FlowManager, InvalidData, SqlFlowStore, dispatch, schema
 from celery_flows.store.engines import make_engine
 from celery_flows.tasks.publish import Publisher
 from celery_flows.tasks.registry import Registry
@@ -96,6 +96,16 @@ class Runtime:
     def publisher(self) -> Publisher:
         """What sends messages, over its own bounded connection."""
         return Publisher(self.app, self.settings)
+
+    def call_worker(self, run_id: str) -> None:
+        """Sends the message of this dispatch row, if it is there and needs a worker.
+
+        Raises:
+            StoreError: the row could not be read. The sweep sends it later, as it does if the broker fails.
+        """
+        hint = self.store.run(dispatch.find_hint, run_id)
+        if hint is not None:
+            self.publisher.publish(hint)
 
     @property
     def first_pause(self) -> float:

@@ -186,7 +186,7 @@ def _silence(beat: Heartbeat | None, now: datetime) -> str | None:
 
 def _work(runtime: Runtime, now: datetime, stalled_seconds: float) -> Iterator[Finding]:
     store = runtime.store
-    count, since = store.run(health.list_overdue, OVERDUE_SECONDS)
+    count, since = store.run(health.overdue, OVERDUE_SECONDS)
     if since is not None:
         yield Finding("overdue", f"{count} rows, the first for {(now - since).total_seconds():.0f} s")
     for group in store.run(health.list_unclaimed, PUBLISHED_TIMES):

@@ -144,10 +144,9 @@ class Ticker(threading.Thread):
             self._awake.clear()
             if self._stopped:
                 return
-            self.tick()
+            self._tick()
 
-    def tick(self) -> None:
-        """Does the chore once, now, in the thread that asks."""
+    def _tick(self) -> None:
         try:
             self._chore()
         except Exception as error:

@@ -13,13 +13,14 @@ from billiard.exceptions import WorkerLostError
 from celery.utils.imports import symbol_by_name
 from celery.worker import state
 from celery.worker.request import Request
+from kombu.message import Message
 
 from celery_flows import Run
 from celery_flows.store import dispatch
 from celery_flows.store.dispatch import StepClaim
 from celery_flows.tasks.runtime import claim_token, worker_token
 from celery_flows.worker.leases import Leases
-from celery_flows.worker.pools import tell_of_lost_processes
+from celery_flows.worker.pools import keep_inputs_out_of_events, tell_of_lost_processes
 from tests.support.bench import Bench
 
 
@@ -129,3 +130,17 @@ def test_celerys_request_for_a_flow_tells_of_its_lost_process(bench: Bench) -> N
                 made.on_failure(info)
         assert told == [made]
         told.clear()
+
+
+def test_the_events_of_a_start_leave_its_input_out(bench: Bench) -> None:
+    keep_inputs_out_of_events(bench.app)
+    bench.app.finalize()
+    task: Any = bench.app.tasks["flows.start"]
+    headers = {"task": task.name, "id": "1", "argsrepr": "()", "kwargsrepr": "{'input': 'hunter2'}"}
+    message = Message(
+        body='[[], {"input": "hunter2"}, {}]', headers=headers, content_type="application/json",
+        content_encoding="utf-8", accept=["application/json"],
+    )  # fmt: skip
+    request = symbol_by_name(task.Request)(message, app=bench.app, task=task, hostname="here")
+    assert (request.argsrepr, request.kwargsrepr) == ("()", "{}")
+    assert "hunter2" not in f"{request!r} {request} {request.info(safe=True)}"
