@@ -15,6 +15,7 @@ from celery.utils.imports import import_from_cwd
 
 from celery_flows.store import FlowManager, InvalidData, SqlFlowStore, dispatch, schema
 from celery_flows.store.engines import make_engine
+from celery_flows.store.script import Call
 from celery_flows.tasks.publish import Publisher
 from celery_flows.tasks.registry import Registry
 from celery_flows.tasks.settings import FlowSettings, load_settings
@@ -63,14 +64,16 @@ class Runtime:
     def schema_version(self) -> str | None:
         """The version the database is at (None: no tables), whether or not this program can work with it.
 
+        Asked once: a database that does not answer costs one connection's timeout.
+
         Raises:
             StoreError, InvalidData
         """
         if self._store is not None:
-            return self._store.run(schema.current)
+            return _version(self._store)
         engine = make_engine(self.settings.require_store_url())
         try:
-            return SqlFlowStore(engine, check=False).run(schema.current)
+            return _version(SqlFlowStore(engine, check=False))
         finally:
             engine.dispose()
 
@@ -115,6 +118,11 @@ class Runtime:
     def default_queue(self) -> str:
         """The queue of flows that name none."""
         return str(self.app.conf.task_default_queue)
+
+
+def _version(store: SqlFlowStore) -> str | None:
+    version: str | None = store.attempt(Call(schema.current), patience=0.0)
+    return version
 
 
 def worker_token(pid: int, request_id: str) -> str:

@@ -99,6 +99,21 @@ def test_a_database_out_of_reach_is_found_and_the_password_kept(engine_database:
     assert "hunter2" not in str(finding)
 
 
+def test_a_database_that_never_answers_is_asked_once(engine_database: str) -> None:
+    asked: list[object] = []
+
+    def connects(*args: object) -> None:
+        asked.append(args)
+
+    sa.event.listen(sa.Engine, "do_connect", connects)
+    try:
+        with black_hole() as port:
+            assert kinds(application(f"postgresql://me@127.0.0.1:{port}/nowhere")) == ["database"]
+    finally:
+        sa.event.remove(sa.Engine, "do_connect", connects)
+    assert len(asked) == 1
+
+
 def test_a_schema_that_is_behind_is_found(bench: Bench) -> None:
     version = sa.table(VERSION_TABLE, sa.column("version_num"))
     with bench.store.engine.begin() as connection:
