@@ -26,14 +26,14 @@ from celery_flows.store.tables import FLOW_COLUMNS, UtcDateTime, flow_dispatch, 
 
 Row = Mapping[Any, Any]
 
-_NOW = func.strftime("%Y-%m-%d %H:%M:%f000", "now", type_=sa.Text())
+NOW = "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
 _d, _s = flow_dispatch.c, flow_steps.c
 _OPEN_STEPS = tuple(status.value for status in OPEN_STEP)
 
 
 def now(conn: Connection) -> datetime:
     """The database's clock."""
-    value = conn.scalar(sa.select(sa.type_coerce(_NOW, UtcDateTime())))
+    value = conn.scalar(sa.select(sa.type_coerce(sa.literal_column(NOW, sa.Text()), UtcDateTime())))
     assert isinstance(value, datetime)
     return value
 

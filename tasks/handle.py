@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 
-from celery_flows.store import Flow, FlowManager, FlowStatus, dispatch, inbox
+from celery_flows.store import Flow, FlowManager, FlowStatus, SqlFlowStore, dispatch, inbox
 from celery_flows.store import operations as op
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
@@ -20,15 +19,6 @@ if TYPE_CHECKING:
 
 Out = TypeVar("Out")
 
-# A poll overshoots by at most half of what has been waited so far, and costs one look-up by primary key.
-FIRST_POLL_SECONDS, POLL_FACTOR, MAX_POLL_SECONDS, PATIENT_POLL_SECONDS, PATIENT_AFTER_SECONDS = (
-    0.002,
-    1.5,
-    0.25,
-    1.0,
-    30,
-)
-
 
 class FlowHandle(Generic[Out]):
     """A flow's id, and what can be asked of it. Reads the store, never the broker."""
@@ -40,6 +30,11 @@ class FlowHandle(Generic[Out]):
 
     def __repr__(self) -> str:
         return f"FlowHandle({self.id})"
+
+    @property
+    def store(self) -> SqlFlowStore:
+        """Where the flow is stored."""
+        return self._runtime.store
 
     def get(self) -> Flow:
         """The flow as stored now.
@@ -77,17 +72,15 @@ class FlowHandle(Generic[Out]):
         return result
 
     def _ended(self, timeout: float | None) -> Flow:
-        began = time.monotonic()
-        pause = FIRST_POLL_SECONDS
-        while not (flow := self.get()).status.is_terminal:
-            waited = time.monotonic() - began
-            if timeout is not None and waited >= timeout:
-                raise ResultTimedOut(self.id, timeout)
-            left = pause if timeout is None else min(pause, timeout - waited)
-            time.sleep(left)
-            longest = MAX_POLL_SECONDS if waited < PATIENT_AFTER_SECONDS else PATIENT_POLL_SECONDS
-            pause = min(pause * POLL_FACTOR, longest)
+        flow = self._runtime.wait_until(self._if_ended, timeout)
+        if flow is None:
+            assert timeout is not None
+            raise ResultTimedOut(self.id, timeout)
         return flow
+
+    def _if_ended(self) -> Flow | None:
+        flow = self.get()
+        return flow if flow.status.is_terminal else None
 
     def cancel(self, *, session: Transaction | None = None) -> None:
         """Asks the flow to cancel: sticky. It cleans up first, so ``status()`` may say cancelled only later.

@@ -146,6 +146,7 @@ class Run:
             return self._outcome(known, codec)
         self._new_step()
         self._driver.check_lease()
+        self._driver.runtime.before_body(name)
         began, self._inside = self._driver.clock(), name
         try:
             value = work(*args, **kwargs)

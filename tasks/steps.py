@@ -71,6 +71,7 @@ def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery:
     if claim.cancel_requested and not claim.args.get("cleanup"):
         return Completion(claim.holder, claim.flow_id, FlowStepStatus.CANCELLED)
     try:
+        runtime.before_body(claim.task)
         value = _call(task, claim, delivery)
         result = result_codec(task.run).encode(
             f"result of step {claim.task}", value, runtime.settings.max_payload_bytes

@@ -1,0 +1,73 @@
+"""For the tests of flows: what the pytest plugin's fixtures are, and what can be used without pytest.
+
+The fixtures ``flow_app``, ``flow_clock``, ``flow_crash`` and ``flow_messages`` come with the installed package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from celery import Celery
+
+from celery_flows.store import InvalidData
+from celery_flows.tasks.publish import DRIVE_TASK
+from celery_flows.tasks.testing.app import FlowApp
+from celery_flows.tasks.testing.clock import FlowClock
+from celery_flows.tasks.testing.crash import FlowCrash
+from celery_flows.tasks.testing.databases import copy_template, open_for_tests
+from celery_flows.tasks.testing.history import assert_history, history
+from celery_flows.tasks.testing.inline import NotInline, run_inline
+from celery_flows.tasks.testing.messages import FlowMessages
+from celery_flows.tasks.testing.stuck import NeverStruck, Spins, Stuck
+from celery_flows.worker.flows import Flows
+
+__all__ = [
+    "FlowApp",
+    "FlowClock",
+    "FlowCrash",
+    "FlowMessages",
+    "NeverStruck",
+    "NotInline",
+    "Spins",
+    "Stuck",
+    "assert_history",
+    "copy_template",
+    "history",
+    "open_flow_app",
+    "run_inline",
+]
+
+
+@contextmanager
+def open_flow_app(app: Celery | Flows, store_url: str) -> Iterator[FlowApp]:
+    """What the ``flow_app`` fixture is: the application's flows over a database for tests, which is emptied first, driven
+    in this process until the end. The store and the broker that the application is configured with are not touched.
+
+    Raises:
+        InvalidData: the app has no Flows, or the database holds flows that are no test's.
+        StoreError: the database cannot be reached.
+    """
+    flows = flows_of(app)
+    flows.app.loader.import_default_modules()  # as a worker does: tasks and flow definitions are known by then
+    engine = open_for_tests(store_url)
+    try:
+        with FlowApp(flows.runtime, engine).installed() as flow_app:
+            yield flow_app
+    finally:
+        engine.dispose()
+
+
+def flows_of(app: Celery | Flows) -> Flows:
+    """The Flows of the application, which must have been made.
+
+    Raises:
+        InvalidData: it has none.
+    """
+    if isinstance(app, Flows):
+        return app
+    if not isinstance(app, Celery):
+        raise InvalidData("flow_celery_app", f"is a {type(app).__name__}; name your Celery app, or its Flows")
+    if DRIVE_TASK not in app.tasks:
+        raise InvalidData("flow_celery_app", f"{app.main!r} has no flows: write flows = Flows(app) beside it")
+    return Flows.of(app)

@@ -1,0 +1,182 @@
+"""The application under test: its flows, and the worker that drives them, in the test's own process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import Self, TypeVar
+
+import sqlalchemy as sa
+
+from celery_flows.store import operations as op
+from celery_flows.store.dispatch import Hint
+from celery_flows.store.tables import UtcDateTime, flow_dispatch, flows
+from celery_flows.tasks.runtime import Runtime
+from celery_flows.tasks.settings import load_settings
+from celery_flows.tasks.testing.broker import in_memory
+from celery_flows.tasks.testing.clock import FlowClock
+from celery_flows.tasks.testing.crash import CrashingStore, Died, FlowCrash
+from celery_flows.tasks.testing.hands import Hands
+from celery_flows.tasks.testing.messages import FlowMessages
+from celery_flows.tasks.testing.replaced import replaced
+from celery_flows.tasks.testing.stuck import NeverStruck, Spins, Stuck, tell_waits
+
+T = TypeVar("T")
+
+_d = flow_dispatch.c
+
+
+class OutOfPatience(BaseException):
+    """Stops a flow that goes on for too long. Not an Exception, so that no flow handles it."""
+
+
+class FlowApp:
+    """An application's flows, with everything in reach: no worker process, no broker, and time at the test's hand.
+
+    Flows are started and handled as ever. What they come to, they come to when the test says so: by :meth:`run`, by
+    ``handle.result()``, which lets time pass until the flow has ended, or by ``clock.advance``.
+    """
+
+    def __init__(self, runtime: Runtime, engine: sa.Engine) -> None:
+        self.clock = FlowClock()
+        self.crash = FlowCrash()
+        self.messages = FlowMessages()
+        self.store = CrashingStore(engine, self.crash)
+        self.ran: list[str] = []  # the steps whose bodies ran, in order, as often as they did
+        self.patience_seconds = 10.0  # of this process's CPU time, for one run()
+        self._runtime = runtime
+        self._hands = Hands(runtime)
+        self._deadline: float | None = None  # while something is being done
+        self._message: Hint | None = None  # that is being delivered
+        self.clock.works(self._work_until)
+
+    @contextmanager
+    def installed(self) -> Iterator[Self]:
+        """The application's flows are driven here and on this clock, and its broker is left alone, until the end."""
+        runtime = self._runtime
+        ours = {
+            "settings": load_settings(runtime.app.conf), "publisher": self.messages, "_store": self.store,
+            "wait_until": self._wait_until, "before_body": self._before_body,
+        }  # fmt: skip
+        with self.clock.installed(), in_memory(runtime.app), replaced(runtime, **ours):
+            yield self
+
+    # ---- what a test asks ----
+
+    def run(self) -> None:
+        """Does all there is to do now: delivers messages and looks for due work until nothing is left. Time stands
+        still, so whoever sleeps goes on sleeping.
+
+        Raises:
+            Spins: there is always more to do.
+            UnknownFlow, Stuck: a flow definition or a task is not registered.
+        """
+        with self._patience():
+            while True:
+                while (message := self.messages.take()) is not None:
+                    self._deliver(message)
+                report = self._hands.sweep()
+                if not (report.due or report.handed_over or report.settled):
+                    return
+
+    def check_struck(self) -> None:
+        """Says nothing if all that the test has asked to happen did.
+
+        Raises:
+            NeverStruck: naming what did not.
+        """
+        spared = [*self.crash.spared(), *self.messages.spared()]
+        if spared:
+            ran = ", ".join(dict.fromkeys(self.ran)) or "none"
+            sent = ", ".join(dict.fromkeys(message.task for message in self.messages.sent)) or "none"
+            raise NeverStruck(
+                f"did not happen, so this test proves nothing of it: {'; '.join(spared)}. "
+                f"Steps that ran: {ran}. Messages were for: {sent}"
+            )
+
+    # ---- time ----
+
+    def _work_until(self, at: datetime) -> None:
+        if self._deadline is not None:  # inside a step: it takes that long
+            self.clock.move_to(at)
+            return
+        with self._patience():
+            self.run()
+            while (due := self._next_due()) is not None and due <= at:
+                self.clock.move_to(due)
+                self.run()
+            self.clock.move_to(at)
+            self.run()
+
+    def _wait_until(self, look: Callable[[], T | None], timeout: float | None) -> T | None:
+        """Lets time pass from one thing that falls due to the next, until ``look`` finds something."""
+        end = None if timeout is None else self.clock.now() + timedelta(seconds=timeout)
+        with self._patience():
+            self.run()
+            while (found := look()) is None:
+                due = self._next_due()
+                if end is not None and (due is None or due > end):
+                    self.clock.move_to(end)
+                    return None
+                if due is None:
+                    raise Stuck(f"nothing is left to do, and these flows have not ended:\n{tell_waits(self.store)}")
+                self.clock.move_to(due)
+                self.run()
+        return found
+
+    def _next_due(self) -> datetime | None:
+        paused = sa.exists().where(flows.c.id == _d.flow_id, flows.c.paused_at.isnot(None))
+        with self.store.engine.connect() as connection:
+            later = _d.due_at > sa.literal(op.now(connection), UtcDateTime())
+            due: datetime | None = connection.scalar(sa.select(sa.func.min(_d.due_at)).where(later, ~paused))
+        return due
+
+    # ---- work ----
+
+    def _deliver(self, message: Hint) -> None:
+        self._check_registered(message)
+        self._message = message
+        try:
+            self._hands.deliver(message)
+        except Died:
+            pass
+        finally:
+            self.store.dead = False  # the next one is another process
+
+    def _check_registered(self, message: Hint) -> None:
+        if message.kind == "drive":
+            self._runtime.registry.require(message.task)
+        elif message.task not in self._runtime.app.tasks:
+            raise Stuck(f"flow {message.flow_id} has a step {message.task!r}, and the app has no task of that name")
+
+    def _before_body(self, step: str) -> None:
+        if self.crash.strikes(step, "before"):
+            self.store.die()
+        self.ran.append(step)
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        if self._deadline is not None:
+            yield
+            return
+        self._deadline = time.process_time() + self.patience_seconds
+        try:
+            with self.clock.watched(self._lose_patience):
+                yield
+        except OutOfPatience:
+            message = self._message
+            last = ", ".join(self.ran[-3:]) or "none"
+            who = "what" if message is None else f"flow {message.flow_id} ({message.task})"
+            raise Spins(
+                f"{who} does not come to rest: after {self.patience_seconds:g} s of work there is more to do; "
+                f"{len(self.ran)} steps have run, the last of them: {last}. "
+                "If it only takes long, raise flow_app.patience_seconds"
+            ) from None
+        finally:
+            self._deadline = None
+
+    def _lose_patience(self) -> None:
+        if self._deadline is not None and time.process_time() > self._deadline:
+            raise OutOfPatience

@@ -1,0 +1,123 @@
+"""Crashes: the process of a worker dies at a step of the test's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, get_args
+
+import sqlalchemy as sa
+
+from celery_flows.store import InvalidData, SqlFlowStore
+from celery_flows.store.changes import Change, Completion, Holder
+from celery_flows.store.dispatch import StepClaim, retry_step
+from celery_flows.store.operations import Mode
+from celery_flows.store.script import Call, Pause
+
+When = Literal["before", "during", "after"]
+
+
+class Died(BaseException):
+    """The process is dead: nothing it was about to do happens any more. Not an Exception, so nothing handles it."""
+
+
+class MortalStore(SqlFlowStore):
+    """The store of a process that may die: from then on it makes no further call."""
+
+    dead = False
+
+    def die(self) -> NoReturn:
+        """The process dies."""
+        self.dead = True
+        raise Died
+
+    def _perform(self, step: Call | Pause) -> Any:
+        if self.dead:
+            raise Died
+        return super()._perform(step)
+
+
+@dataclass
+class _Crash:
+    step: str
+    when: When
+    left: int
+    struck: bool = False
+
+    def __str__(self) -> str:
+        return f"flow_crash.at({self.step!r}, when={self.when!r})"
+
+
+class FlowCrash:
+    """Where workers are to die."""
+
+    def __init__(self) -> None:
+        self._crashes: list[_Crash] = []
+
+    def at(self, step: str, *, when: When = "during", times: int = 1) -> None:
+        """The worker dies at the next step of this name: ``before`` its body runs; ``during`` it, which is after its
+        body and before its record; or ``after`` its record.
+
+        What it was doing stays leased until its lease ends; then another worker takes it over. The test fails if the
+        crash does not strike.
+
+        Args:
+            step: the name of a function or task, as in the flow's history.
+            times: how often in a row.
+
+        Raises:
+            InvalidData: ``when`` is none of the three.
+        """
+        if when not in get_args(When):
+            raise InvalidData("when", f"is one of {', '.join(get_args(When))}")
+        self._crashes.append(_Crash(step, when, times))
+
+    # ---- for the kit ----
+
+    def strikes(self, step: str, when: When) -> bool:
+        """Whether the worker dies here, of a crash that is then spent."""
+        for crash in self._crashes:
+            if (crash.step, crash.when) == (step, when) and crash.left:
+                crash.left -= 1
+                crash.struck = True
+                return True
+        return False
+
+    def spared(self) -> Iterator[str]:
+        """The crashes that have not struck as often as they were to."""
+        return (str(crash) for crash in self._crashes if crash.left)
+
+
+class CrashingStore(MortalStore):
+    """A store whose process dies before or after it records a step, where ``crash`` says so."""
+
+    def __init__(self, engine: sa.Engine, crash: FlowCrash) -> None:
+        self._crash = crash
+        self._tasks: dict[str, str] = {}  # run id of a Celery step → its task, as claimed
+        super().__init__(engine)
+
+    def _perform(self, step: Call | Pause) -> Any:
+        recorded = None if isinstance(step, Pause) else self._recorded(step)
+        self._may_die(recorded, "during")
+        answer = super()._perform(step)
+        if isinstance(answer, StepClaim):
+            self._tasks[answer.holder.run_id] = answer.task
+        self._may_die(recorded, "after")
+        return answer
+
+    def _may_die(self, step: str | None, when: When) -> None:
+        if step is not None and self._crash.strikes(step, when):
+            self.die()
+
+    def _recorded(self, call: Call) -> str | None:
+        """The name of the step whose outcome this call records, whatever came of it."""
+        if call.operation.mode not in (Mode.WRITE, Mode.SINGLE):  # type: ignore[attr-defined]
+            return None
+        for what in call.args:
+            if isinstance(what, Change) and what.step is not None and what.step.status.is_terminal:
+                return what.step.task
+            if isinstance(what, Completion):
+                return self._tasks.get(what.holder.run_id)
+            if isinstance(what, Holder) and call.operation is retry_step:
+                return self._tasks.get(what.run_id)
+        return None

@@ -1,0 +1,64 @@
+"""The broker of a test: a list of messages, delivered in order, and lost or doubled where the test says so."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from celery_flows.store.dispatch import Hint
+
+
+@dataclass
+class _Fault:
+    what: Literal["drop", "duplicate"]
+    name: str | None
+    left: int
+
+    def __str__(self) -> str:
+        return f"flow_messages.{self.what}({'' if self.name is None else repr(self.name)})"
+
+
+class FlowMessages:
+    """The messages between store and workers. A message carries ids only: it says where to look."""
+
+    def __init__(self) -> None:
+        self.sent: list[Hint] = []  # all of them, oldest first: task, queue, priority, …
+        self._waiting: deque[Hint] = deque()
+        self._faults: list[_Fault] = []
+
+    def drop(self, name: str | None = None, *, times: int = 1) -> None:
+        """The next message for the flow definition or task of this name gets lost; None: the next of all.
+
+        The store sends it again when nobody has come for a while. The test fails if there is no such message.
+        """
+        self._faults.append(_Fault("drop", name, times))
+
+    def duplicate(self, name: str | None = None, *, times: int = 1) -> None:
+        """The next such message is delivered twice; as :meth:`drop` otherwise."""
+        self._faults.append(_Fault("duplicate", name, times))
+
+    # ---- for the kit ----
+
+    def publish(self, *hints: Hint) -> int:
+        """Sends messages, as the publisher does."""
+        for hint in hints:
+            self.sent.append(hint)
+            self._waiting.extend([hint] * self._copies(hint))
+        return len(hints)
+
+    def take(self) -> Hint | None:
+        """The next message to deliver."""
+        return self._waiting.popleft() if self._waiting else None
+
+    def spared(self) -> Iterator[str]:
+        """The faults that have not struck as often as they were to."""
+        return (str(fault) for fault in self._faults if fault.left)
+
+    def _copies(self, hint: Hint) -> int:
+        for fault in self._faults:
+            if fault.left and fault.name in (None, hint.task):
+                fault.left -= 1
+                return 0 if fault.what == "drop" else 2
+        return 1
