@@ -41,10 +41,10 @@ def flow_celery_app(pytestconfig: pytest.Config) -> Celery | Flows:
             pytrace=False,
         )
     try:
-        found: Celery | Flows = find_app(name)
+        return find_app(name)  # type: ignore[no-any-return]
     except (ImportError, AttributeError, ValueError) as error:
-        pytest.fail(f"flow_app = {name}: no Celery app there ({type(error).__name__}: {error})", pytrace=False)
-    return found
+        why = f"{type(error).__name__}: {error}"
+    pytest.fail(f"flow_app = {name}: no Celery app there ({why})", pytrace=False)
 
 
 @pytest.fixture(scope="session")

@@ -41,8 +41,8 @@ __all__ = [
 
 @contextmanager
 def open_flow_app(app: Celery | Flows, store_url: str) -> Iterator[FlowApp]:
-    """What the ``flow_app`` fixture is: the application's flows over a database for tests, which is emptied first, driven
-    in this process until the end. The store and the broker that the application is configured with are not touched.
+    """What the ``flow_app`` fixture is: the application's flows, driven in this process until the end, over a database
+    for tests, which is emptied first. The store and the broker that the application is configured with are left alone.
 
     Raises:
         InvalidData: the app has no Flows, or the database holds flows that are no test's.

@@ -21,7 +21,7 @@ class Died(BaseException):
     """The process is dead: nothing it was about to do happens any more. Not an Exception, so nothing handles it."""
 
 
-class MortalStore(SqlFlowStore):
+class DyingStore(SqlFlowStore):
     """The store of a process that may die: from then on it makes no further call."""
 
     dead = False
@@ -88,7 +88,7 @@ class FlowCrash:
         return (str(crash) for crash in self._crashes if crash.left)
 
 
-class CrashingStore(MortalStore):
+class CrashingStore(DyingStore):
     """A store whose process dies before or after it records a step, where ``crash`` says so."""
 
     def __init__(self, engine: sa.Engine, crash: FlowCrash) -> None:
@@ -113,11 +113,9 @@ class CrashingStore(MortalStore):
         """The name of the step whose outcome this call records, whatever came of it."""
         if call.operation.mode not in (Mode.WRITE, Mode.SINGLE):  # type: ignore[attr-defined]
             return None
-        for what in call.args:
-            if isinstance(what, Change) and what.step is not None and what.step.status.is_terminal:
-                return what.step.task
-            if isinstance(what, Completion):
-                return self._tasks.get(what.holder.run_id)
-            if isinstance(what, Holder) and call.operation is retry_step:
-                return self._tasks.get(what.run_id)
-        return None
+        what = next(iter(call.args), None)
+        if isinstance(what, Change):
+            return what.step.task if what.step is not None and what.step.status.is_terminal else None
+        if isinstance(what, Completion):
+            return self._tasks.get(what.holder.run_id)
+        return self._tasks.get(what.run_id) if isinstance(what, Holder) and call.operation is retry_step else None

@@ -17,12 +17,14 @@ _deliveries = itertools.count(1)
 class Hands:
     """Drives flows and runs steps as a worker does when a message comes, whether or not one has."""
 
+    name = "hands"
+
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
 
     def token(self) -> str:
         """The name of a worker that nobody else has."""
-        return f"hands/{next(_deliveries)}"
+        return f"{self.name}/{next(_deliveries)}"
 
     def drive(self, flow_id: UUID, worker: str | None = None) -> None:
         """What a worker does with a drive message."""

@@ -13,7 +13,7 @@ Expected = Sequence["str | EllipsisType"]
 
 
 def history(handle: FlowHandle[Any]) -> list[str]:
-    """The kinds of the flow's events, oldest first; with the step's name where one tells of a step: ``step_failed charge``."""
+    """The kinds of the flow's events, oldest first, with the step's name where there is one: ``step_failed charge``."""
     store = handle.store
     names = {step.run_id: step.task for step in store.list_steps(handle.id)}
     events = store.list_events(handle.id, None)[::-1]

@@ -65,7 +65,7 @@ class InlineRun(Run):
 
     def __getattr__(self, name: str) -> Any:
         raise NotInline(
-            f"run_inline has no store (nor {name}): a flow can step, gather, run other flows, sleep and wait_for in it; "
+            f"run_inline has no store (nor {name}): a flow can step, gather, run flows, sleep and wait_for in it; "
             "for anything else there is flow_app"
         )
 

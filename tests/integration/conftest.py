@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from celery_flows.store.engines import make_engine
+from celery_flows.tasks.testing.databases import wipe
 from tests.support.bench import Bench
-from tests.support.databases import Databases, wipe
+from tests.support.databases import Databases
 
 MakeBench = Callable[..., Bench]
 

@@ -20,9 +20,7 @@ from celery_flows import FlowHandle, Flows, SqlFlowStore
 from celery_flows.store import operations as op
 from celery_flows.store.engines import make_engine
 from celery_flows.store.tables import flow_dispatch, flows
-from celery_flows.tasks import maintenance
-from celery_flows.tasks.drive import drive
-from celery_flows.tasks.steps import Delivery, run_step
+from celery_flows.tasks.testing.hands import Hands
 from tests.support.fold import assert_whole
 from tests.support.waiting import until
 
@@ -46,8 +44,10 @@ class Message:
     queue: str
 
 
-class Bench:
+class Bench(Hands):
     """Flows over a database, with everything a worker would do to be done by hand."""
+
+    name = "bench"
 
     def __init__(self, url: str, *, store: SqlFlowStore | None = None, broker: str = "memory://", **conf: Any) -> None:
         self.url = url
@@ -57,9 +57,8 @@ class Bench:
         self.app.conf.update({f"flow_{name}": value for name, value in conf.items()})
         self.store = store or SqlFlowStore(make_engine(url))
         self.flows = Flows(self.app, store=self.store)
-        self.runtime = self.flows.runtime
+        super().__init__(self.flows.runtime)
         self.effects: list[Any] = []
-        self._deliveries = itertools.count(1)
 
     def close(self) -> None:
         """Closes the connections to the database."""
@@ -70,20 +69,7 @@ class Bench:
         decorator: Callable[[Callable[..., T]], Task[Any, T]] = self.app.task(name=name, shared=False, **options)
         return decorator
 
-    # ---- what a worker does ----
-
-    def token(self) -> str:
-        """The name of a worker that nobody else has."""
-        return f"bench/{next(self._deliveries)}"
-
-    def drive(self, flow_id: UUID, worker: str | None = None) -> None:
-        """What a worker does with a drive message."""
-        drive(self.runtime, flow_id, worker or self.token())
-
-    def run_step(self, run_id: str, *, goes_on: bool = True, worker: str | None = None) -> None:
-        """What a worker does with a step message; ``goes_on``: it may drive the flow itself when the step is closed."""
-        queue = self.queue if goes_on else "another queue"
-        run_step(self.runtime, run_id, Delivery(worker or self.token(), queue, False))
+    # ---- what a worker does, of all there is to do ----
 
     def claimable(self) -> list[tuple[str, str]]:
         """Kind and run id of what a message would find to claim, steps first."""
@@ -113,10 +99,6 @@ class Bench:
 
         until(ended, "the flow ends", within_seconds=seconds)
         return handle.result(0)
-
-    def sweep(self) -> maintenance.SweepReport:
-        """One look for due work."""
-        return maintenance.sweep(self.runtime)
 
     def recover(self) -> None:
         """What follows a crash: the leases end, a sweep finds that, the work is done."""

@@ -26,9 +26,8 @@ from uuid import uuid4
 import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
-from celery_flows.store import schema
-from celery_flows.store.engines import make_engine, parse_url
-from celery_flows.store.tables import flow_dispatch, flow_heartbeats, flow_inbox, flows
+from celery_flows.store.engines import parse_url
+from celery_flows.tasks.testing.databases import copy_template, migrate, wipe
 
 VARIABLE = "TEST_DATABASE_URL"
 
@@ -136,9 +135,7 @@ class Databases:
     @contextmanager
     def sqlite(self, path: Path, *, empty: bool = False) -> Iterator[str]:
         """The URL of a fresh database in the file ``path``; the file stays, for whoever looks into a failure."""
-        if not empty:
-            shutil.copyfile(self._sqlite_template, path)
-        yield f"sqlite:///{path}"
+        yield f"sqlite:///{path}" if empty else copy_template(self._folder / "template.sqlite", path)
 
     def close(self) -> None:
         """Drops whatever is left of this run."""
@@ -170,14 +167,8 @@ class Databases:
     @cached_property
     def _postgresql_template(self) -> str:
         name = self._create("template0")
-        _migrate(self._url(name))
+        migrate(self._url(name))
         return name
-
-    @cached_property
-    def _sqlite_template(self) -> Path:
-        path = self._folder / "template.sqlite"
-        _migrate(f"sqlite:///{path}")
-        return path
 
 
 def _empty(url: str) -> None:
@@ -187,20 +178,6 @@ def _empty(url: str) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql(f"{others} pg_backend_pid()")
         wipe(connection)
-
-
-def wipe(connection: sa.Connection) -> None:
-    """Empties our tables."""
-    for table in (flow_inbox, flow_dispatch, flow_heartbeats, flows):  # steps and events go with their flows
-        connection.execute(sa.delete(table))
-
-
-def _migrate(url: str) -> None:
-    engine = make_engine(url)
-    try:
-        schema.upgrade(engine)
-    finally:
-        engine.dispose()
 
 
 def is_locked(url: str | sa.URL) -> bool:

@@ -10,12 +10,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from celery_flows.store import SqlFlowStore
 from celery_flows.store.script import Call, Pause
-
-
-class Died(BaseException):
-    """The process is dead: nothing it was about to do happens any more. Not an Exception, so nothing handles it."""
+from celery_flows.tasks.testing.crash import Died as Died
+from celery_flows.tasks.testing.crash import DyingStore
 
 
 class Strikes(Enum):
@@ -26,7 +23,7 @@ class Strikes(Enum):
     REPLY_LOST = "reply lost"  # the call has committed, the connection breaks before the answer
 
 
-class MortalStore(SqlFlowStore):
+class MortalStore(DyingStore):
     """A store to which the fault happens at its ``at``-th call from now on; a dead process makes no further call."""
 
     def __init__(self, engine: sa.Engine) -> None:
@@ -34,7 +31,6 @@ class MortalStore(SqlFlowStore):
         self.struck: str | None = None  # the operation that the fault struck
         self._at: int | None = None
         self._strikes = Strikes.BEFORE
-        self._dead = False
         super().__init__(engine)
 
     def strike(self, at: int, strikes: Strikes) -> None:
@@ -42,9 +38,7 @@ class MortalStore(SqlFlowStore):
         self.calls, self._at, self._strikes = 0, at, strikes
 
     def _perform(self, step: Call | Pause) -> Any:
-        if self._dead:
-            raise Died
-        if isinstance(step, Pause):
+        if self.dead or isinstance(step, Pause):
             return super()._perform(step)
         self.calls += 1
         if self.calls != self._at:
@@ -55,8 +49,7 @@ class MortalStore(SqlFlowStore):
             del answer
         if self._strikes is Strikes.REPLY_LOST:
             raise sa.exc.OperationalError("COMMIT", {}, OSError("no answer"), connection_invalidated=True)
-        self._dead = True
-        raise Died
+        return self.die()
 
 
 def closed_port() -> int:

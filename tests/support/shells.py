@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from celery_flows.store import AsyncFlowManager, AsyncFlowStore, FlowManager, SqlFlowStore
 from celery_flows.store.engines import make_async_engine, make_engine
-from tests.support.databases import wipe
+from celery_flows.tasks.testing.databases import wipe
 
 
 class Awaited:
