@@ -41,7 +41,7 @@ def flow_celery_app(pytestconfig: pytest.Config) -> Celery | Flows:
             pytrace=False,
         )
     try:
-        return find_app(name)  # type: ignore[no-any-return]
+        return find_app(name)
     except (ImportError, AttributeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}"
     pytest.fail(f"flow_app = {name}: no Celery app there ({why})", pytrace=False)

@@ -49,10 +49,10 @@ def open_flow_app(app: Celery | Flows, store_url: str) -> Iterator[FlowApp]:
         StoreError: the database cannot be reached.
     """
     flows = flows_of(app)
-    flows.app.loader.import_default_modules()  # as a worker does: tasks and flow definitions are known by then
     engine = open_for_tests(store_url)
     try:
         with FlowApp(flows.runtime, engine).installed() as flow_app:
+            flows.app.loader.import_default_modules()  # as a worker does, for tasks and definitions
             yield flow_app
     finally:
         engine.dispose()

@@ -51,6 +51,7 @@ class FlowClock:
         Raises:
             InvalidData: time does not go back.
         """
+        self._meanwhile(self.now())  # what is to be done now, takes a few ticks
         self.advance_to(self.now() + (duration or timedelta()) + timedelta(**units))
 
     def advance_to(self, at: datetime) -> None:
