@@ -4,6 +4,7 @@ FROM python:3.11-slim AS build
 WORKDIR /source
 RUN python -m venv /opt/celery-flows
 COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY _celery_flows_pytest.py ./
 COPY celery_flows celery_flows
 COPY store store
 COPY tasks tasks

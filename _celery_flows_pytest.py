@@ -95,6 +95,7 @@ def flow_messages(flow_app: FlowApp) -> FlowMessages:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Fails a test whose crashes did not happen, as part of the test itself."""
+    __tracebackhide__ = True
     result = yield
     opened: FlowApp | None = getattr(item, "funcargs", {}).get("flow_app")
     if opened is not None:

@@ -52,22 +52,21 @@ def open_flow_app(app: Celery | Flows, store_url: str) -> Iterator[FlowApp]:
     engine = open_for_tests(store_url)
     try:
         with FlowApp(flows.runtime, engine).installed() as flow_app:
-            flows.app.loader.import_default_modules()  # as a worker does, for tasks and definitions
             yield flow_app
     finally:
         engine.dispose()
 
 
 def flows_of(app: Celery | Flows) -> Flows:
-    """The Flows of the application, which must have been made.
+    """The Flows of the application, whose modules are imported first.
 
     Raises:
         InvalidData: it has none.
     """
-    if isinstance(app, Flows):
-        return app
-    if not isinstance(app, Celery):
+    celery_app = app.app if isinstance(app, Flows) else app
+    if not isinstance(celery_app, Celery):
         raise InvalidData("flow_celery_app", f"is a {type(app).__name__}; name your Celery app, or its Flows")
-    if DRIVE_TASK not in app.tasks:
-        raise InvalidData("flow_celery_app", f"{app.main!r} has no flows: write flows = Flows(app) beside it")
-    return Flows.of(app)
+    celery_app.loader.import_default_modules()  # as a worker does: tasks, and flow definitions
+    if DRIVE_TASK not in celery_app.tasks:
+        raise InvalidData("flow_celery_app", f"{celery_app.main!r} has no flows: write flows = Flows(app) beside it")
+    return Flows.of(celery_app)

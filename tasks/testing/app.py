@@ -87,6 +87,7 @@ class FlowApp:
         Raises:
             NeverStruck: naming what did not.
         """
+        __tracebackhide__ = True
         spared = [*self.crash.spared(), *self.messages.spared()]
         if spared:
             ran = ", ".join(dict.fromkeys(self.ran)) or "none"
@@ -112,6 +113,7 @@ class FlowApp:
 
     def _wait_until(self, look: Callable[[], T | None], timeout: float | None) -> T | None:
         """Lets time pass from one thing that falls due to the next, until ``look`` finds something."""
+        __tracebackhide__ = True
         end = None if timeout is None else self.clock.now() + timedelta(seconds=timeout)
         with self._patience():
             self.run()

@@ -8,6 +8,7 @@ there, works on the application's own connections too, and statements are as the
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -37,6 +38,7 @@ class FlowClock:
         self._ticked = 0
         self._meanwhile: Callable[[datetime], None] = self.move_to
         self._watch: Callable[[], None] | None = None
+        self._watcher = 0  # the thread that is watched
 
     def now(self) -> datetime:
         """The time, in UTC."""
@@ -82,8 +84,8 @@ class FlowClock:
 
     @contextmanager
     def watched(self, watch: Callable[[], None]) -> Iterator[None]:
-        """Has ``watch`` called before each statement; what it raises, stops whoever wants to make it."""
-        with replaced(self, _watch=watch):
+        """Has ``watch`` called before each statement of this thread; what it raises, stops whoever wants to make it."""
+        with replaced(self, _watch=watch, _watcher=threading.get_ident()):
             yield
 
     @contextmanager
@@ -102,7 +104,7 @@ class FlowClock:
     def _tell(
         self, connection: sa.Connection, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool
     ) -> tuple[str, Any]:
-        if self._watch is not None:
+        if self._watch is not None and threading.get_ident() == self._watcher:
             self._watch()
         at = self.read()
         if connection.dialect.name == "postgresql":

@@ -13,6 +13,7 @@ from celery_flows.store.changes import Change, Completion, Holder
 from celery_flows.store.dispatch import StepClaim, retry_step
 from celery_flows.store.operations import Mode
 from celery_flows.store.script import Call, Pause
+from celery_flows.tasks.testing.names import is_meant
 
 When = Literal["before", "during", "after"]
 
@@ -42,7 +43,6 @@ class _Crash:
     step: str
     when: When
     left: int
-    struck: bool = False
 
     def __str__(self) -> str:
         return f"flow_crash.at({self.step!r}, when={self.when!r})"
@@ -62,7 +62,7 @@ class FlowCrash:
         crash does not strike.
 
         Args:
-            step: the name of a function or task, as in the flow's history.
+            step: the name of a function or task; of a task's, what follows the last dot is enough.
             times: how often in a row.
 
         Raises:
@@ -77,9 +77,8 @@ class FlowCrash:
     def strikes(self, step: str, when: When) -> bool:
         """Whether the worker dies here, of a crash that is then spent."""
         for crash in self._crashes:
-            if (crash.step, crash.when) == (step, when) and crash.left:
+            if crash.left and crash.when == when and is_meant(step, crash.step):
                 crash.left -= 1
-                crash.struck = True
                 return True
         return False
 

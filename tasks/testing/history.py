@@ -26,6 +26,7 @@ def assert_history(handle: FlowHandle[Any], expected: Expected) -> None:
     Raises:
         AssertionError
     """
+    __tracebackhide__ = True  # pytest shows the test's own line
     actual = history(handle)
     if not _fits(actual, _parts(expected)):
         lines = ["..." if line is ... else line for line in expected]

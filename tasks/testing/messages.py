@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from celery_flows.store.dispatch import Hint
+from celery_flows.tasks.testing.names import is_meant
 
 
 @dataclass
@@ -58,7 +59,7 @@ class FlowMessages:
 
     def _copies(self, hint: Hint) -> int:
         for fault in self._faults:
-            if fault.left and fault.name in (None, hint.task):
+            if fault.left and (fault.name is None or is_meant(hint.task, fault.name)):
                 fault.left -= 1
                 return 0 if fault.what == "drop" else 2
         return 1

@@ -34,7 +34,9 @@ from tests.support.waiting import until
 Test = TypeVar("Test", bound=Callable[..., Any])
 
 HERE = Path(sys.executable).parent  # where celery and celery-flows are installed, as in an activated environment
-BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "celery_flows", "store", "tasks", "worker")
+BUILT_FROM = (
+    "pyproject.toml", "README.md", "LICENSE", "_celery_flows_pytest.py", "celery_flows", "store", "tasks", "worker",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("store", "tasks", "worker")
-HOLD_PYTHON = ("celery_flows", *FOLDERS, "tests", "examples", "benchmarks")
+HOLD_PYTHON = ("_celery_flows_pytest.py", "celery_flows", *FOLDERS, "tests", "examples", "benchmarks")
 NOT_OURS = {"build", "dist", "__pycache__"}
 
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -72,7 +72,7 @@ def test_pyproject_lists_every_package_and_maps_it_to_its_folder() -> None:
     assert not [folder for folder in holding if not (ROOT / folder / "__init__.py").exists()]
 
 
-@pytest.mark.parametrize("name", ["celery_flows", "celery_flows.store"])
+@pytest.mark.parametrize("name", ["celery_flows", "celery_flows.store", "celery_flows.testing"])
 def test_every_public_name_exists_and_is_listed_once(name: str) -> None:
     module = importlib.import_module(name)
     public: list[str] = module.__all__

@@ -19,7 +19,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("store", "tasks", "worker")
-BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "celery_flows", *FOLDERS)
+PLUGIN = "_celery_flows_pytest.py"  # pytest loads it for everybody: beside the package, so that it need not import that
+BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", PLUGIN, "celery_flows", *FOLDERS)
 
 WHO_IS_IMPORTED = """
 import importlib, json
@@ -85,7 +86,7 @@ def project(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 def files_of_the_folders() -> dict[str, Path]:
     """Where in the wheel each file belongs, and where it comes from."""
     sources = [*(ROOT / "celery_flows").glob("*.py"), ROOT / "celery_flows" / "py.typed"]
-    expected = {f"celery_flows/{source.name}": source for source in sources}
+    expected = {f"celery_flows/{source.name}": source for source in sources} | {PLUGIN: ROOT / PLUGIN}
     for folder in FOLDERS:
         for source in (ROOT / folder).rglob("*.py"):
             expected[f"celery_flows/{source.relative_to(ROOT).as_posix()}"] = source
@@ -103,14 +104,15 @@ def test_the_wheel_holds_each_module_once_as_a_plain_file_and_nothing_else(wheel
             assert archive.read(name) == source.read_bytes(), name
 
 
-def test_the_wheel_claims_one_import_name_both_commands_and_its_license(wheel: Path) -> None:
+def test_the_wheel_claims_one_public_import_name_its_commands_its_plugin_and_its_license(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         described = {
             Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name
         }
     metadata = Parser().parsestr(described["METADATA"])
 
-    assert described["top_level.txt"].split() == ["celery_flows"]
+    assert described["top_level.txt"].split() == ["_celery_flows_pytest", "celery_flows"]
+    assert "[pytest11]\ncelery_flows = _celery_flows_pytest" in described["entry_points.txt"]
     assert "flow = celery_flows.worker.cli:flow" in described["entry_points.txt"]
     assert "celery-flows = celery_flows.worker.__main__:main" in described["entry_points.txt"]
     assert metadata["License-Expression"] == "Apache-2.0"

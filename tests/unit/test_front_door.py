@@ -78,7 +78,10 @@ def test_the_public_names_are_these() -> None:
     assert celery_flows.__all__ == PUBLIC
 
 
-@pytest.mark.parametrize("module", ["celery_flows", "celery_flows.worker", "celery_flows.worker.cli"])
+MODULES = ["celery_flows", "celery_flows.testing", "celery_flows.worker", "celery_flows.worker.cli"]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_importing_makes_no_app_and_opens_nothing(module: str) -> None:
     script = WATCH.replace("MODULE", module)
     done = subprocess.run(
