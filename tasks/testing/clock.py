@@ -68,7 +68,8 @@ class FlowClock:
         self._meanwhile(at)
 
     def move_to(self, at: datetime) -> None:
-        """It is that time now, and nothing has happened meanwhile: as if no worker had been there."""
+        """It is that time now, and nothing has happened meanwhile: no worker was there. A time that has passed
+        is no move."""
         self._passed += max(at - self.now(), timedelta())
 
     # ---- for the kit ----

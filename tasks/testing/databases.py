@@ -19,7 +19,8 @@ def migrate(url: str | sa.URL) -> None:
     """Makes our tables there, or brings them up to date."""
     engine = make_engine(url)
     try:
-        schema.upgrade(engine)
+        if schema.at(engine) != schema.head():
+            schema.upgrade(engine)
     finally:
         engine.dispose()
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from celery import Celery
 from sqlalchemy.orm import Session
 
@@ -236,17 +237,36 @@ def test_all_times_in_the_store_are_the_clocks_and_no_two_are_the_same(
     assert [event.at for event in events] == sorted({event.at for event in events})
 
 
-def test_the_applications_own_transactions_go_by_the_clock(
-    shop: Shop, flow_app: FlowApp, flow_clock: FlowClock, database_url: str
-) -> None:
+@pytest.fixture
+def own_engine(database_url: str) -> Iterator[sa.Engine]:
+    """The application's own, which has been used before the kit comes, and is after it has gone."""
     engine = make_engine(database_url)
+    store = SqlFlowStore(engine)
+    yield engine
+    assert abs(store.run(op.now) - datetime.now(UTC)) < timedelta(minutes=1)
+    store.close()
+
+
+def test_the_applications_own_transactions_go_by_the_clock(
+    shop: Shop, own_engine: sa.Engine, flow_app: FlowApp, flow_clock: FlowClock
+) -> None:
     flow_clock.advance(days=50)
     before = flow_clock.now()
-    with Session(engine) as session, session.begin():
+    with Session(own_engine) as session, session.begin():
         handle = shop.ship.start("o1", session=session)
     assert handle.get().created_at > before
     assert handle.result() == "shipped o1"
-    engine.dispose()
+
+
+def test_a_time_without_workers_passes_without_work(shop: Shop, flow_app: FlowApp, flow_clock: FlowClock) -> None:
+    handle = shop.fulfil.start("o1")
+    flow_app.run()
+    flow_clock.move_to(flow_clock.now() + timedelta(days=200))
+    assert handle.status() is FlowStatus.WAITING
+    flow_clock.move_to(flow_clock.now() - timedelta(days=100))
+    flow_app.run()
+    assert flow_app.ran == ["reserve", "charge", "charge"]
+    assert handle.get().updated_at - handle.get().created_at > timedelta(days=200)
 
 
 def test_a_retrys_pause_is_on_the_clock(shop: Shop, flow_app: FlowApp, flow_clock: FlowClock) -> None:
