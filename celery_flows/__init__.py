@@ -23,23 +23,30 @@ from celery_flows.store import (
     StartPending,
     StoreError,
 )
+from celery_flows.tasks.approval import Approval
 from celery_flows.tasks.errors import (
     FlowCancelled,
     FlowFailed,
+    FlowTimedOut,
+    HistoryMismatch,
     ResultTimedOut,
     StepFailed,
     StepLost,
+    StepTimedOut,
     UnknownFlow,
     WaitTimedOut,
 )
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.options import step
 from celery_flows.tasks.registry import FlowDefinition
+from celery_flows.tasks.retry import Permanent, Retry
 from celery_flows.tasks.run import Run
 from celery_flows.tasks.settings import FlowSettings
 from celery_flows.worker.flows import Flows
 
 __all__ = [
     "AlreadyTerminal",
+    "Approval",
     "CancelPending",
     "DuplicateFlow",
     "DuplicateStep",
@@ -57,11 +64,15 @@ __all__ = [
     "FlowStep",
     "FlowStepStatus",
     "FlowStore",
+    "FlowTimedOut",
     "Flows",
+    "HistoryMismatch",
     "IllegalTransition",
     "InvalidData",
     "KeyConflict",
+    "Permanent",
     "ResultTimedOut",
+    "Retry",
     "RevisionMismatch",
     "Run",
     "SchemaOutdated",
@@ -69,7 +80,9 @@ __all__ = [
     "StartPending",
     "StepFailed",
     "StepLost",
+    "StepTimedOut",
     "StoreError",
     "UnknownFlow",
     "WaitTimedOut",
+    "step",
 ]

@@ -12,10 +12,15 @@ def exponential(attempt: int, *, first: float, cap: float, factor: float = 2.0) 
 
 
 def full_jitter(
-    attempt: int, *, first: float, cap: float, uniform: Callable[[float, float], float] = random.uniform
+    attempt: int,
+    *,
+    first: float,
+    cap: float,
+    factor: float = 2.0,
+    uniform: Callable[[float, float], float] = random.uniform,
 ) -> float:
     """A random share of :func:`exponential`, so that a crowd that failed together does not come back together.
 
     Source of the idea: M. Brooker, "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015).
     """
-    return uniform(0.0, exponential(attempt, first=first, cap=cap))
+    return uniform(0.0, exponential(attempt, first=first, cap=cap, factor=factor))

@@ -7,7 +7,7 @@ completes a step writes its event and its part of the join in one transaction, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -128,10 +128,12 @@ def claim_step(
 ) -> StepClaim | None:
     """Takes the row of a Celery step that is due or was published; None: a duplicate message, forget it."""
     row = dialect(conn).claim_step(conn, run_id, worker, lease_seconds, repeat)
-    if row is None:
-        return None
+    return None if row is None else _step_claim(row, Holder(run_id, row["fence"], worker))
+
+
+def _step_claim(row: Mapping[Any, Any], holder: Holder) -> StepClaim:
     return StepClaim(
-        holder=Holder(run_id, row["fence"], worker),
+        holder=holder,
         flow_id=row["flow_id"],
         task=row["task"],
         args=row["args_json"],
@@ -140,6 +142,23 @@ def claim_step(
         owner=row["owner_session_key"],
         definition=row["controller_id"],
     )
+
+
+@reads
+def find_step_claim(conn: Connection, worker: str) -> StepClaim | None:
+    """The claim of the Celery step that is held by a token which begins with ``worker``."""
+    step, flow = flow_steps.c, flows.c
+    mine = sa.and_(_d.kind == "step", _d.worker.startswith(f"{worker}/", autoescape=True))
+    joined = sa.join(flow_dispatch, flow_steps, sa.and_(step.flow_id == _d.flow_id, step.run_id == _d.run_id))
+    row = conn.execute(
+        sa.select(
+            _d.run_id, _d.fence, _d.worker, _d.flow_id, step.task, step.args_json, step.attempt,
+            flow.cancel_requested, flow.owner_session_key, flow.controller_id,
+        )
+        .select_from(joined.join(flows, flow.id == _d.flow_id))
+        .where(mine)
+    ).mappings().first()  # fmt: skip
+    return None if row is None else _step_claim(row, Holder(row["run_id"], row["fence"], row["worker"]))
 
 
 @reads

@@ -26,7 +26,7 @@ STEP_FIELDS = tuple(name for name in FlowStep.model_fields if name != "flow_id")
 TELL_OF_STEPS = frozenset(
     {
         "step_scheduled", "step_started", "step_succeeded", "step_failed", "step_retrying", "step_cancelled",
-        "step_observed", "waiting", "resumed",
+        "step_observed", "waiting", "resumed", "state_updated",
     }
 )  # fmt: skip
 
@@ -131,7 +131,7 @@ class Fold:
             before = self.fences.get(run_id, 0)
             self.fences[run_id] = event.payload_json.get("fence", before + 1)
             return self.fences[run_id] == before + 1
-        elif event.kind == "step_retrying":
+        elif event.kind == "step_retrying" and "id" not in told:
             return known.get("status") == "running" and told.get("attempt") == known.get("attempt", 0) + 1
         elif event.kind in ("step_succeeded", "step_failed") and "id" not in told:
             return known.get("status") == "running"

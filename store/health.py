@@ -82,9 +82,29 @@ def list_unclaimed(conn: Connection, times: int) -> list[Group]:
 
 
 @reads
-def list_needed(conn: Connection, kind: str) -> list[Group]:
-    """The definitions (``drive``) or tasks (``step``) that open flows are in need of."""
-    return _grouped(conn, sa.and_(_WORK, _d.kind == kind))
+def list_needed_tasks(conn: Connection) -> list[Group]:
+    """The tasks that the steps of open flows are in need of."""
+    return _grouped(conn, sa.and_(_WORK, _d.kind == "step"))
+
+
+@reads
+def list_needed_definitions(conn: Connection) -> list[tuple[str, int, int]]:
+    """The definitions that open flows are in need of: name, version, and how many flows."""
+    flow = flows.c
+    driven = sa.join(flow_dispatch, flows, flow.id == _d.flow_id)
+    by = (flow.controller_id, flow.definition_version)
+    wanted = sa.and_(_d.kind == "drive", _d.task.isnot(None), flow.paused_at.is_(None))
+    asked = sa.select(*by, sa.func.count()).select_from(driven).where(wanted).group_by(*by)
+    return [(row[0], row[1], row[2]) for row in conn.execute(asked.order_by(*by))]
+
+
+@reads
+def list_refused(conn: Connection, error_type: str) -> list[tuple[UUID, str, str]]:
+    """Open flows that something of this type keeps from going on: id, definition, and its message; some of them."""
+    flow = flows.c
+    refused = sa.and_(flow.status.in_(OPEN), flow.error_json.isnot(None))
+    rows = conn.execute(sa.select(flow.id, flow.controller_id, flow.error_json).where(refused).limit(SHOWN))
+    return [(row[0], row[1], row[2]["message"]) for row in rows if row[2].get("type") == error_type]
 
 
 def _grouped(conn: Connection, where: sa.ColumnElement[bool], *, by_task: bool = True) -> list[Group]:

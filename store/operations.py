@@ -248,6 +248,26 @@ def change_with_children(conn: Connection, change: Change) -> tuple[Flow, int | 
     return change_flow(conn, change)
 
 
+@writes
+def change_made(conn: Connection, make: Callable[[Connection], Change]) -> str | None:
+    """Writes the change that ``make`` gives, in the transaction in which it did whatever else it does; gives the result
+    of the change's step, as JSON text.
+
+    Raises:
+        RevisionMismatch, FlowNotFound; whatever ``make`` raises. Nothing was written.
+    """
+    change = make(conn)
+    change_flow(conn, change)
+    return None if change.step is None else change.step.result
+
+
+@reads
+def find_step_result(conn: Connection, flow_id: UUID, write_id: UUID) -> str | None:
+    """What :func:`change_made` would have answered, if it committed and only its reply was lost; else None."""
+    event = find_event(conn, flow_id, write_id)
+    return None if event is None else encode_json("result", event.payload_json["step"]["result_json"])
+
+
 def change_operation(change: Change) -> Callable[..., tuple[Flow, int | None]]:
     """What writes this change: one statement, unless flows are made with it."""
     has_children = any(member.child is not None for member in change.members)

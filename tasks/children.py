@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 
@@ -14,6 +15,7 @@ from celery_flows.store.validation import check_name, encode_json
 
 if TYPE_CHECKING:
     from celery_flows.tasks.registry import FlowDefinition
+    from celery_flows.tasks.replay import Place
     from celery_flows.tasks.runtime import Runtime
 
 log = logging.getLogger("celery_flows.children")
@@ -29,8 +31,10 @@ class ChildFlow(Generic[Out]):
     input: Any
 
 
-def child_member(parent: Flow, run_id: str, position: int, child: ChildFlow[Any], *, cleanup: bool) -> Member:
-    """The rows of a child flow: its parent's owner is its own.
+def child_member(
+    parent: Flow, place: Place, child: ChildFlow[Any], deadline: datetime | None, *, cleanup: bool
+) -> Member:
+    """The rows of a child flow: its parent's owner is its own, and its deadline the one that is given.
 
     Raises:
         InvalidData: the input is not what it takes, or cannot be JSON.
@@ -38,13 +42,15 @@ def child_member(parent: Flow, run_id: str, position: int, child: ChildFlow[Any]
     definition = child.definition
     flow = Flow(
         controller_id=definition.name,
+        definition_version=definition.version,
         owner_session_key=parent.owner_session_key,
         parent_flow_id=parent.id,
         input_json=definition.encoded_input(child.input),
+        deadline_at=deadline,
     )
     queue = definition.queue if definition.queue is None else check_name("queue", definition.queue)
     args = encode_json("child", {"cleanup": True} if cleanup else {})
-    return Member(run_id, check_name("step", definition.name), position, args, queue, child=flow)
+    return Member(place.run_id, check_name("step", definition.name), place.position, args, queue, child=flow)
 
 
 def cancel_child(runtime: Runtime, flow_id: UUID) -> None:

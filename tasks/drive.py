@@ -6,10 +6,12 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from uuid import UUID
 
+import sqlalchemy as sa
 from celery import Celery
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 
@@ -31,20 +33,27 @@ from celery_flows.store import operations as op
 from celery_flows.store.changes import Change, End, Holder, Join, Member, Park, StepWrite
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import DriveClaim
-from celery_flows.store.models import TERMINAL
+from celery_flows.store.models import TERMINAL, new_id
 from celery_flows.store.script import Call
 from celery_flows.store.waits import ExternalEventWait, TimerWait, event_key, wait_json
 from celery_flows.tasks.children import cancel_child, settle_child
 from celery_flows.tasks.emit import hand_over
-from celery_flows.tasks.errors import FlowCancelled
+from celery_flows.tasks.errors import FlowCancelled, FlowTimedOut, HistoryMismatch
+from celery_flows.tasks.inline import RETRY_AT
+from celery_flows.tasks.options import StepOptions
 from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.registry import FlowDefinition
-from celery_flows.tasks.run import WAIT_TIMED_OUT, Run, Suspended
+from celery_flows.tasks.replay import Place, Replay, Suspended
+from celery_flows.tasks.run import Run
 from celery_flows.tasks.runtime import Runtime, claim_token
+from celery_flows.tasks.wait_steps import WAIT_TIMED_OUT
 
 log = logging.getLogger("celery_flows.drive")
 
-UNKNOWN_PAUSE_SECONDS = 60.0  # before a flow of unknown definition is offered again
+T = TypeVar("T")
+
+UNKNOWN_PAUSE_SECONDS = 60.0  # before a flow whose code is not here is offered again
+MOMENT_SECONDS = 0.5  # a shorter pause between attempts is not worth another claim
 
 
 def drive(runtime: Runtime, flow_id: UUID, worker: str) -> None:
@@ -103,6 +112,7 @@ class Driver:
         self.app: Celery = runtime.app
         self.flow = claim.flow
         self.history: dict[str, FlowStep] = {}
+        self.defaults = StepOptions()  # of steps, by the flow's definition
         self.max_payload_bytes = runtime.settings.max_payload_bytes
         self._claim = claim
         self._holder = claim.holder
@@ -110,6 +120,9 @@ class Driver:
         self._state: Mapping[str, Any] = claim.flow.state_json
         self._cancel_requested = claim.flow.cancel_requested
         self._paused = False
+        self._by_position: dict[int, FlowStep] | None = None
+        self._timed_out: FlowTimedOut | None = None  # the deadline has passed, and the flow has been told
+        self._kept_from_going_on = claim.flow.error_json is not None
         self._crashed = claim.crash_count > 0
         self._over = False  # nothing more may be done under this claim
         self._interruption: BaseException | None = None  # what a step raised that ends more than the step
@@ -121,13 +134,13 @@ class Driver:
 
     def run(self) -> bool:
         """Runs the flow function; True: the flow is due again already, claim it anew."""
-        definition = self.runtime.registry.get(self.flow.controller_id)
+        name, version = self.flow.controller_id, self.flow.definition_version
+        definition = self.runtime.registry.get(name, version)
         if definition is None:
             log.error(
-                "no flow definition %r here; flow %s waits for a worker that has it",
-                self.flow.controller_id,
-                self.flow.id,
-            )
+                "no flow definition %r, version %d, here; flow %s waits for a worker that has it",
+                name, version, self.flow.id,
+            )  # fmt: skip
             self.runtime.store.run(dispatch.hand_back, self._holder, UNKNOWN_PAUSE_SECONDS)
             return False
         try:
@@ -148,17 +161,25 @@ class Driver:
         if self._cancel_requested and not self._cleanup_is_out():
             self._drain()
             self._read_history()
+        self.defaults = definition.defaults
+        replay = Replay(self)
+        run = Run(replay)
         try:
             arguments = [definition.input.decode("input", self.flow.input_json)] if definition.takes_input else []
-            value = definition.function(Run(self), *arguments)
+            value = definition.function(run, *arguments)
             result = json.loads(definition.output.encode("result", value, self.max_payload_bytes))
-        except FlowCancelled:
-            self._end(self._cancelled)
         except Exception as error:
-            self._end_failed(error)
-        else:
-            finished = {"status": FlowStatus.FINISHED, "result_json": result, "wait_json": None}
+            self._end_badly(self._timed_out or error, run)
+            return
+        if self._timed_out is not None or self._cancel_requested:
+            self._end_badly(self._timed_out or FlowCancelled(self.flow.id), run)
+            return
+        replay.finish()
+        finished = {"status": FlowStatus.FINISHED, "result_json": result, "wait_json": None}
+        try:
             self._end(lambda: ("finished", finished))
+        except FlowCancelled as cancelled:
+            self._end_badly(cancelled, run)
 
     def _read_history(self) -> None:
         if not self._claim.began:
@@ -172,30 +193,45 @@ class Driver:
 
     # ---- the end ----
 
-    def _end(self, outcome: Callable[[], tuple[str, dict[str, Any]]]) -> None:
+    def _end(self, outcome: Callable[[], tuple[str, dict[str, Any]]], *, illegal_after_cancel: bool = True) -> None:
+        """The last write.
+
+        Raises:
+            FlowCancelled: cancel was requested, and nothing else may be the end.
+        """
         if self._over:  # the function caught what was to unwind it
             raise Suspended
-        try:
-            self._write(outcome, drive=End(), illegal_after_cancel=outcome != self._cancelled)
-        except FlowCancelled:
-            self._end(self._cancelled)
-        else:
-            if (run_id := self._claim.parent_run_id) is not None:
-                settle_child(self.runtime, run_id)
+        self._write(outcome, drive=End(), illegal_after_cancel=illegal_after_cancel)
+        if (run_id := self._claim.parent_run_id) is not None:
+            settle_child(self.runtime, run_id)
 
-    def _cancelled(self) -> tuple[str, dict[str, Any]]:
-        return "cancelled", {"status": FlowStatus.CANCELLED, "cancel_requested": True, "wait_json": None}
-
-    def _end_failed(self, error: Exception) -> None:
-        if self._claim.open_members and not self._over:
+    def _end_badly(self, error: Exception, run: Run) -> None:
+        """Undoes what is to be undone, once nothing of the flow is at work any more; then the flow has failed, or is
+        cancelled."""
+        if self._over:
+            raise Suspended
+        if self._claim.open_members and not self._cleanup_is_out():
             self._drain()
+        undo_failed = run.clean_up()
+        if not isinstance(error, FlowCancelled):
+            log.warning("flow %s of %r failed: %s", self.flow.id, self.flow.controller_id, type(error).__name__)
+            try:
+                self._end_failed(error, undo_failed)
+            except FlowCancelled as cancelled:
+                error = cancelled
+            else:
+                return
+        columns: dict[str, Any] = {"status": FlowStatus.CANCELLED, "cancel_requested": True, "wait_json": None}
+        if undo_failed:
+            columns["error_json"] = _told(error, undo_failed)
+        self._end(lambda: ("cancelled", columns), illegal_after_cancel=False)
 
+    def _end_failed(self, error: Exception, undo_failed: list[str]) -> None:
         def failed() -> tuple[str, dict[str, Any]]:
             flow = self.flow.model_copy(update={"state_json": self._state, "status": FlowStatus.RUNNING})
-            failure = transitions.fail(flow, type(error).__name__, describe(error))
+            failure = transitions.fail(flow, type(error).__name__, _told(error, undo_failed))
             return failure.kind, failure.columns
 
-        log.warning("flow %s of %r failed: %s", self.flow.id, self.flow.controller_id, type(error).__name__)
         self._end(failed)
 
     def _drain(self) -> None:
@@ -207,6 +243,12 @@ class Driver:
                 self._cancel_children()
         if left:
             self._park_and_suspend(None)
+
+    def cancel_idle_members(self) -> None:
+        """Cancels the members of joins that nobody has begun, and asks children to cancel; what runs goes on."""
+        with self._unwinding():
+            if self.runtime.store.run(dispatch.drain, self.flow.id, self._holder):
+                self._cancel_children()
 
     def _cancel_children(self) -> None:
         """Asks those that have not been asked to cancel, each in a transaction of its own; whoever comes after this
@@ -234,8 +276,30 @@ class Driver:
         if days is not None and at > self.now() + timedelta(days=days):
             raise InvalidData("timer", f"is more than {days:g} days away (flow_timer_horizon_days)")
 
-    def must_stop(self, *, cleaning: bool) -> bool:
-        """Asked before anything new happens; True: the flow is cancelled, and has not been told yet.
+    @property
+    def join_group(self) -> int:
+        """The group of the last join."""
+        return self._claim.join_group
+
+    def recorded_at(self, position: int) -> FlowStep | None:
+        """The step that history has in this place."""
+        if self._by_position is None:
+            self._by_position = {step.position: step for step in self.history.values() if step.position}
+        return self._by_position.get(position)
+
+    def refuse_history(self, mismatch: HistoryMismatch) -> NoReturn:
+        """The function here is not the one that this history was made by: the flow is left alone, and says why."""
+        log.error("flow %s of %r is left alone: %s", self.flow.id, self.flow.controller_id, mismatch)
+        with self._unwinding():
+            if self.flow.error_json != describe(mismatch):
+                self._kept_from_going_on = False
+                self._write(lambda: ("history_refused", {"error_json": describe(mismatch)}))
+            self.runtime.store.run(dispatch.hand_back, self._holder, UNKNOWN_PAUSE_SECONDS)
+        self._over = True
+        raise Suspended from mismatch
+
+    def must_stop(self, *, cleaning: bool) -> FlowCancelled | FlowTimedOut | None:
+        """Asked before anything new happens: what the flow is to be told, and has not been told yet.
 
         Unwinds the flow function when the claim is over, the worker is stopping, the flow is paused, or members are
         still running.
@@ -246,11 +310,17 @@ class Driver:
             self._hand_over_to_another_worker()
         if self._paused:
             self._park_and_suspend(None)
-        if self._cancel_requested and not cleaning:
-            if self._claim.open_members and not self._cleanup_is_out():
-                self.settle_members()
-            return True
-        return False
+        deadline = self.flow.deadline_at
+        is_late = deadline is not None and self.now() >= deadline
+        if cleaning or not (self._cancel_requested or is_late):
+            return None
+        if self._claim.open_members and not self._cleanup_is_out():
+            self.settle_members()
+        if self._cancel_requested:
+            return FlowCancelled(self.flow.id)
+        assert deadline is not None
+        self._timed_out = FlowTimedOut(self.flow.id, deadline)
+        return self._timed_out
 
     def _hand_over_to_another_worker(self) -> NoReturn:
         with self._unwinding():
@@ -282,20 +352,83 @@ class Driver:
                 lambda: (f"step_{step.status.value}", {"current_step": current_step}), step=step, forgive=self._crashed
             )
 
-    def join(self, members: Sequence[Member], *, good: int, bad: int, cleanup: bool) -> NoReturn:
-        """Schedules members and suspends until ``good`` of them have succeeded or more than ``bad`` have failed.
+    def retry(self, step: StepWrite, pause: float) -> None:
+        """Writes that an attempt failed; the next may begin after ``pause`` seconds. Suspends until then, unless that
+        is but a moment, which passes here."""
+        at = self.now() + timedelta(seconds=pause)
+        step = replace(step, error={**(step.error or {}), RETRY_AT: at.isoformat()})
+        stays = pause <= MOMENT_SECONDS
+        with self._unwinding():
+            self._write(
+                lambda: ("step_retrying", {"current_step": step.task}), step=step, forgive=self._crashed,
+                drive=None if stays else Park(self._holder, self._claim.wakes, self._at_the_latest(at)),
+            )  # fmt: skip
+        if not stays:
+            self._over = True
+            raise Suspended
+        self.runtime.pause(pause)
+
+    def wait_until(self, at: datetime) -> None:
+        """Suspends until a time, if it has not come."""
+        if self.now() < at:
+            self._park_and_suspend(at)
+
+    def _at_the_latest(self, at: datetime | None) -> datetime | None:
+        """``at``, or the flow's deadline if that comes before it and the flow is yet to be told of it."""
+        deadline = self.flow.deadline_at
+        if deadline is None or deadline <= self.now():
+            return at
+        return deadline if at is None else min(at, deadline)
+
+    def transact(self, write: Callable[[sa.Connection], StepWrite]) -> str:
+        """Runs ``write`` in a transaction, which commits together with the step that it gives; its result as JSON text.
+        On conflict all of it is rolled back and run again.
+
+        Raises:
+            Whatever ``write`` raises; nothing was written.
+        """
+        write_id = new_id()
+
+        def change(connection: sa.Connection) -> Change:
+            step = write(connection)
+            columns = {"current_step": step.task}
+            return Change(self.flow.id, self._revision, f"step_{step.status.value}", columns, step=step,
+                          forgive=self._crashed, write_id=write_id)  # fmt: skip
+
+        made = Call(op.change_made, (change,))
+        settled = Call(op.find_step_result, (self.flow.id, write_id))
+        with self._unwinding():
+            result: str = self._under_revision(
+                lambda: self.runtime.store.attempt(made, settled, patience=self._patience)
+            )
+        self._crashed = False
+        return result
+
+    def update_state(self, place: Place, patch: Mapping[str, Any]) -> None:
+        """Lays keys over the flow's state, as a step."""
+        step = StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position)
+        with self._unwinding():
+            self._write(
+                lambda: ("state_updated", {"state_json": transitions.merged(self._state, patch)}), step=step,
+                forgive=self._crashed,
+            )  # fmt: skip
+        self._state = transitions.merged(self._state, patch)
+
+    def join(self, members: Sequence[Member], join: Join, *, cleanup: bool) -> NoReturn:
+        """Schedules members and suspends until ``join.good`` of its group have succeeded or more than ``join.bad`` have
+        failed.
 
         Without new members the join that is waited for already is left as it is: its counters have moved meanwhile.
         """
         if not members:
             self._park_and_suspend(None)
-        join = Join(self._claim.join_group + 1, good, bad)
         pause = self.runtime.first_pause + 0.005 * len(members)  # publishing many takes a while itself
         with self._unwinding():
             self._write(
                 lambda: ("step_scheduled", {"current_step": members[0].task}),
                 members=tuple(members), first_pause=pause, forgive=self._crashed,
-                drive=Park(self._holder, self._claim.wakes, None, join), illegal_after_cancel=not cleanup,
+                drive=Park(self._holder, self._claim.wakes, self._at_the_latest(None), join),
+                illegal_after_cancel=not cleanup,
             )  # fmt: skip
         self._over = True
         self.runtime.publisher.publish(*(self._hint_of(member) for member in members))
@@ -312,7 +445,8 @@ class Driver:
         with self._unwinding():
             self._write(
                 lambda: ("waiting", {"status": FlowStatus.WAITING, "wait_json": wait_json(timer)}),
-                step=step, drive=Park(self._holder, self._claim.wakes, timer.at), illegal_after_cancel=True,
+                step=step, drive=Park(self._holder, self._claim.wakes, self._at_the_latest(timer.at)),
+                illegal_after_cancel=True,
                 forgive=self._crashed,
             )  # fmt: skip
         self._over = True
@@ -369,22 +503,36 @@ class Driver:
             LeaseLost: another driver has taken over, or the flow has ended.
             FlowCancelled: cancel was requested, and only cancelled may follow.
         """
-        while True:
+
+        def write() -> None:
             if illegal_after_cancel and self._cancel_requested:
                 raise FlowCancelled(self.flow.id)
             kind, columns = outcome()
+            if self._kept_from_going_on:
+                columns = {"error_json": None, **columns}
             change = Change(self.flow.id, self._revision, kind, columns, **more)
+            # What is written is the outcome of work: worth trying for as long as the lease is likely to last.
+            self.runtime.store.change(change, patience=self._patience)
+
+        self._under_revision(write)
+        self._kept_from_going_on = False
+        self._crashed = self._crashed and not more.get("forgive", False)
+
+    @property
+    def _patience(self) -> float:
+        return self.runtime.settings.lease_seconds / 2
+
+    def _under_revision(self, write: Callable[[], T]) -> T:
+        while True:
             try:
-                # What is written is the outcome of work: worth trying for as long as the lease is likely to last.
-                self.runtime.store.change(change, patience=self.runtime.settings.lease_seconds / 2)
+                written = write()
             except RevisionMismatch:
                 self._look_again()
             except FlowNotFound:
                 raise LeaseLost(self._holder.run_id) from None
             else:
                 self._revision += 1
-                self._crashed = self._crashed and not more.get("forgive", False)
-                return
+                return written
 
     def _look_again(self) -> None:
         standing = self.runtime.store.run(dispatch.standing, self.flow.id)
@@ -397,7 +545,8 @@ class Driver:
 
     def _park_and_suspend(self, due_at: datetime | None) -> NoReturn:
         with self._unwinding():
-            self._due_again = self.runtime.store.run(dispatch.park, Park(self._holder, self._claim.wakes, due_at))
+            parked = Park(self._holder, self._claim.wakes, self._at_the_latest(due_at))
+            self._due_again = self.runtime.store.run(dispatch.park, parked)
         self._over = True
         raise Suspended
 
@@ -410,6 +559,10 @@ class Driver:
         log.warning("flow %s: driving stops (%s)", self.flow.id, type(reason).__name__)
         if not isinstance(reason, LeaseLost):
             let_go(self.runtime, self._holder, reason)
+
+
+def _told(error: BaseException, undo_failed: list[str]) -> dict[str, Any]:
+    return {**describe(error), "undo_failed": undo_failed} if undo_failed else describe(error)
 
 
 class _Unwinding:

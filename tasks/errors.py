@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from celery_flows.store.errors import FlowError
@@ -17,6 +20,17 @@ class StepFailed(FlowError):
 
 class StepLost(StepFailed):
     """A step killed its worker too often and was given up."""
+
+
+class StepTimedOut(StepFailed):
+    """A step took longer than it may."""
+
+
+def failure_of(step: str, error: Mapping[str, Any] | None) -> StepFailed:
+    """The exception that stands for a step's recorded failure."""
+    told = error or {"type": "unknown", "message": ""}
+    kinds = {kind.__name__: kind for kind in (StepLost, StepTimedOut)}
+    return kinds.get(told["type"], StepFailed)(step, told["type"], told["message"])
 
 
 class WaitTimedOut(FlowError):
@@ -36,12 +50,33 @@ class FlowCancelled(FlowError):
         super().__init__(f"flow {flow_id} was cancelled")
 
 
-class FlowFailed(FlowError):
-    """The flow ended as failed; ``reason`` and the error's type and message say why."""
+class FlowTimedOut(FlowError):
+    """The flow's deadline has passed. In a flow function: raised once, by the first step that is not recorded yet;
+    steps taken after it are cleanup, and the flow fails whatever the function does."""
 
-    def __init__(self, flow_id: UUID, reason: str, type: str, message: str) -> None:
+    def __init__(self, flow_id: UUID, deadline_at: datetime) -> None:
+        self.flow_id, self.deadline_at = flow_id, deadline_at
+        super().__init__(f"flow {flow_id} has not ended by its deadline, {deadline_at:%Y-%m-%d %H:%M:%S} UTC")
+
+
+class HistoryMismatch(FlowError):
+    """The flow function came to another step than the one that history has in that place: it is not the function by
+    which the flow began. The flow is left alone until a worker has that one."""
+
+    def __init__(self, expected: str, found: str, position: int) -> None:
+        self.expected, self.found, self.position = expected, found, position
+        super().__init__(f"step {position} of the history is {expected!r}, but the flow function came to {found!r}")
+
+
+class FlowFailed(FlowError):
+    """The flow ended as failed; ``reason`` and the error's type and message say why, ``undo_failed`` which of its undo
+    steps failed too."""
+
+    def __init__(self, flow_id: UUID, reason: str, type: str, message: str, undo_failed: Sequence[str] = ()) -> None:
         self.flow_id, self.reason, self.type, self.message = flow_id, reason, type, message
-        super().__init__(f"flow {flow_id} failed ({reason}): {type}: {message}")
+        self.undo_failed = tuple(undo_failed)
+        undone = f"; not undone: {', '.join(undo_failed)}" if undo_failed else ""
+        super().__init__(f"flow {flow_id} failed ({reason}): {type}: {message}{undone}")
 
 
 class ResultTimedOut(FlowError, TimeoutError):

@@ -10,6 +10,10 @@ from celery_flows.store import Flow, FlowManager, FlowStatus, SqlFlowStore, disp
 from celery_flows.store import operations as op
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
+from celery_flows.store.transitions import check_open
+from celery_flows.store.validation import check_name
+from celery_flows.tasks.approval import Approval, approval_key
+from celery_flows.tasks.emit import emit
 from celery_flows.tasks.errors import FlowCancelled, FlowFailed, ResultTimedOut
 from celery_flows.tasks.transaction import Transaction, after_commit, transaction_of
 
@@ -48,6 +52,14 @@ class FlowHandle(Generic[Out]):
         """The flow's status now."""
         return self.get().status
 
+    def state(self) -> dict[str, Any]:
+        """What the flow has told of itself until now, by ``run.update(…)``.
+
+        Raises:
+            FlowNotFound: as :meth:`get`.
+        """
+        return self.get().state_json
+
     def result(self, timeout: float | None = None) -> Out:
         """Waits until the flow has ended and gives its result, validated by the flow function's annotation.
 
@@ -66,7 +78,8 @@ class FlowHandle(Generic[Out]):
         if flow.status is FlowStatus.FAILED:
             error = flow.error_json or {}
             reason = flow.state_json.get("failure", {}).get("reason", "unknown")
-            raise FlowFailed(self.id, reason, error.get("type", "unknown"), error.get("message", ""))
+            undo_failed = error.get("undo_failed", ())
+            raise FlowFailed(self.id, reason, error.get("type", "unknown"), error.get("message", ""), undo_failed)
         definition = self._definition or self._runtime.registry.get(flow.controller_id)
         result: Out = flow.result_json if definition is None else definition.output.decode("result", flow.result_json)
         return result
@@ -90,6 +103,29 @@ class FlowHandle(Generic[Out]):
             FlowNotFound: as :meth:`get`.
         """
         call(self._runtime, self.id, lambda manager: manager.request_cancel(self.id), session)
+
+    def approve(self, name: str, *, by: str, comment: str = "", session: Transaction | None = None) -> None:
+        """Grants what the flow asks for by ``run.approval(name)``, or will ask for: an approval that comes early is
+        kept. With ``session`` it is part of your transaction.
+
+        Raises:
+            InvalidData: a name is empty or too long.
+            AlreadyTerminal: the flow has ended.
+            FlowNotFound: as :meth:`get`.
+        """
+        self._decide(name, True, by, comment, session)
+
+    def reject(self, name: str, *, by: str, comment: str = "", session: Transaction | None = None) -> None:
+        """Refuses what the flow asks for by ``run.approval(name)``; as :meth:`approve`."""
+        self._decide(name, False, by, comment, session)
+
+    def _decide(self, name: str, granted: bool, by: str, comment: str, session: Transaction | None) -> None:
+        topic, correlation_id = approval_key(self.id, name)
+        check_name("by", by)
+        flow = self.get()
+        check_open(flow, "approved")
+        decided = Approval(granted=granted, by=by, at=self._runtime.store.run(op.now), comment=comment)
+        emit(self._runtime, topic, correlation_id, decided.model_dump(mode="json"), session)
 
     def resume(self, payload: dict[str, Any] | None = None) -> None:
         """Resumes a flow that waits: what it waits for has come, with this payload. A flow that no definition drives

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from typing import Any
 
 from celery import Celery, Signature
@@ -10,12 +12,15 @@ from celery_flows.store.changes import Member
 from celery_flows.store.errors import InvalidData
 from celery_flows.store.validation import check_name, encode_json
 from celery_flows.tasks.children import ChildFlow
+from celery_flows.tasks.options import StepOptions
 from celery_flows.tasks.payloads import ANY, Codec, result_codec
+from celery_flows.tasks.replay import Place
 
 # What would make the broker, or Celery's canvas, the keeper of something that only the store may keep.
 REFUSED_OPTIONS = ("countdown", "eta", "expires", "link", "link_error", "chord")
 MAX_PRIORITY = 255  # AMQP's is a byte
 LIMITS = ("time_limit", "soft_time_limit")
+GRACE_SECONDS = 5.0  # for a step to end after its timeout
 
 
 AnyMember = Signature[Any] | ChildFlow[Any]
@@ -35,11 +40,12 @@ def task_name(signature: Any) -> str:
 
 
 def member_of(
-    app: Celery, run_id: str, position: int, signature: Signature[Any], limit: int, *, cleanup: bool = False
+    app: Celery, place: Place, signature: Signature[Any], given: StepOptions, limit: int, *, cleanup: bool = False
 ) -> Member:
     """The rows of a Celery step: queue, priority and time limits are the signature's, else the task's, else routed.
 
-    A ``cleanup`` step says so, for it is run although its flow is cancelled.
+    A ``cleanup`` step says so, for it is run although its flow is cancelled. Its retry and timeout go with it, for
+    whoever runs it; should it not heed its timeout, its process is ended some seconds later, where the pool can.
 
     Raises:
         InvalidData: its arguments cannot be JSON, or it has an option that a step cannot keep.
@@ -58,6 +64,8 @@ def member_of(
             args, kwargs = as_celery_does(args, kwargs)
     routed = app.amqp.router.route(dict(options), name, args, kwargs, task)
     limits = {limit_name: options[limit_name] for limit_name in LIMITS if options.get(limit_name) is not None}
+    if (seconds := given.seconds) is not None:
+        limits["time_limit"] = min(limits.get("time_limit", math.inf), seconds + GRACE_SECONDS)
     queue = routed.get("queue")
     priority = options.get("priority")
     if priority is not None and not (isinstance(priority, int) and 0 <= priority <= MAX_PRIORITY):
@@ -68,10 +76,14 @@ def member_of(
     called: dict[str, Any] = {"args": list(args), "kwargs": kwargs}
     if cleanup:
         called["cleanup"] = True
+    if given.retry is not None:
+        called["retry"] = asdict(given.retry.rule())
+    if seconds is not None:
+        called["timeout"] = seconds
     return Member(
-        run_id=run_id,
+        run_id=place.run_id,
         task=name,
-        position=position,
+        position=place.position,
         args=encode_json(f"arguments of step {name}", called, limit=limit),
         queue=queue_name,
         priority=priority,

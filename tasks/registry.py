@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
 from celery_flows.store.errors import InvalidData
 from celery_flows.store.validation import check_name
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.errors import UnknownFlow
+from celery_flows.tasks.options import StepOptions, check_duration
 from celery_flows.tasks.payloads import Codec, codec_for
+from celery_flows.tasks.retry import Retry
 
 if TYPE_CHECKING:
     from celery_flows.tasks.handle import FlowHandle
@@ -25,10 +28,25 @@ Out = TypeVar("Out")
 class FlowDefinition(Generic[In, Out]):
     """A flow function and its name. Make one with ``@flows.flow(name)``."""
 
-    def __init__(self, runtime: Runtime, name: str, function: Callable[..., Out], queue: str | None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        name: str,
+        function: Callable[..., Out],
+        *,
+        queue: str | None = None,
+        version: int = 1,
+        retry: Retry | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
         self.name = check_name("flow name", name)
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise InvalidData(f"version of flow {name}", "must be a whole number from 1")
+        self.version = version
         self.queue = queue
         self.function = function
+        self.defaults = StepOptions(retry=retry)
+        self.timeout = None if timeout is None else check_duration(f"timeout of flow {name}", timeout)
         self._runtime = runtime
         self.takes_input, self.input, self.output = _codecs(name, function)
 
@@ -99,24 +117,28 @@ class Registry:
     """The definitions of one application."""
 
     def __init__(self) -> None:
-        self._definitions: dict[str, FlowDefinition[Any, Any]] = {}
+        self._definitions: dict[str, dict[int, FlowDefinition[Any, Any]]] = {}  # by name and version
 
     def add(self, definition: FlowDefinition[Any, Any]) -> None:
         """Registers a definition.
 
         Raises:
-            InvalidData: another function has this name. The same one again, as when a module is reloaded, replaces it.
+            InvalidData: another function has this name and version. The same one again, as when a module is reloaded,
+                replaces it.
         """
-        known = self._definitions.get(definition.name)
+        versions = self._definitions.setdefault(definition.name, {})
+        known = versions.get(definition.version)
         if known is not None and _origin(known.function) != _origin(definition.function):
             raise InvalidData("flow name", f"{definition.name!r} is taken by {'.'.join(_origin(known.function))}")
-        self._definitions[definition.name] = definition
+        versions[definition.version] = definition
 
-    def get(self, name: str) -> FlowDefinition[Any, Any] | None:
-        return self._definitions.get(name)
+    def get(self, name: str, version: int | None = None) -> FlowDefinition[Any, Any] | None:
+        """The definition of this name and version; None: the latest."""
+        versions = self._definitions.get(name, {})
+        return versions.get(max(versions, default=0) if version is None else version)
 
     def require(self, name: str) -> FlowDefinition[Any, Any]:
-        """The definition of this name.
+        """The latest definition of this name.
 
         Raises:
             UnknownFlow: naming those there are.
@@ -127,7 +149,8 @@ class Registry:
         return definition
 
     def __iter__(self) -> Iterator[FlowDefinition[Any, Any]]:
-        return iter(self._definitions.values())
+        """The latest definition of each name."""
+        return (versions[max(versions)] for versions in self._definitions.values())
 
 
 def _origin(function: Callable[..., Any]) -> tuple[str, str]:

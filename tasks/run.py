@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import random
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, overload
 from uuid import UUID, uuid5
 
 from celery import Signature, Task
+from sqlalchemy.orm import Session
 
-from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
-from celery_flows.store.changes import StepWrite
+from celery_flows.store import InvalidData
 from celery_flows.store.clock import as_utc
-from celery_flows.store.validation import check_name
-from celery_flows.store.waits import ExternalEventWait, TimerWait
-from celery_flows.tasks.children import ChildFlow, child_member
-from celery_flows.tasks.errors import FlowCancelled, StepFailed, StepLost, WaitTimedOut
-from celery_flows.tasks.members import AnyMember, codec_of, member_name, member_of
-from celery_flows.tasks.payloads import Codec, describe, read_back, result_codec
+from celery_flows.store.validation import check_name, encode_json
+from celery_flows.tasks import wait_steps
+from celery_flows.tasks.approval import Approval, approval_key
+from celery_flows.tasks.children import ChildFlow
+from celery_flows.tasks.errors import StepFailed
+from celery_flows.tasks.gather import Gather, How, Work
+from celery_flows.tasks.inline import run_inline
+from celery_flows.tasks.options import StepOptions
+from celery_flows.tasks.replay import Replay
+from celery_flows.tasks.retry import Retry
+from celery_flows.tasks.transact import run_transaction
+from celery_flows.tasks.undo import Undo
 
 if TYPE_CHECKING:
-    from celery_flows.tasks.drive import Driver
     from celery_flows.tasks.registry import FlowDefinition
 
 P = ParamSpec("P")
 T = TypeVar("T")
 In = TypeVar("In")
 Out = TypeVar("Out")
-
-WAIT_TIMED_OUT = WaitTimedOut.__name__
-
-
-class Suspended(BaseException):
-    """Unwinds a flow function that waits or lost its lease; another claim goes on. Not an Exception, so that the
-    function's own ``except Exception`` lets it pass."""
 
 
 class Run:
@@ -46,17 +44,37 @@ class Run:
     steps in the same order when their results are the same.
     """
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self._calls: dict[str, int] = {}
-        self._position = 0
-        self._cleaning = False  # the flow is cancelled and has been told
-        self._inside: str | None = None  # the step that is running now
-        self.flow_id: UUID = driver.flow.id
-        self.owner: str = driver.flow.owner_session_key
+    def __init__(self, replay: Replay, options: StepOptions | None = None) -> None:
+        self._replay = replay
+        self._options = options or StepOptions()
+        self.flow_id: UUID = replay.flow_id
+        self.owner: str = replay.driver.flow.owner_session_key
         self.logger = logging.LoggerAdapter(logging.getLogger("celery_flows.run"), {"flow_id": str(self.flow_id)})
 
     # ---- steps ----
+
+    def options(
+        self,
+        *,
+        name: str | None = None,
+        retry: Retry | None = None,
+        timeout: timedelta | None = None,
+        key: str | None = None,
+    ) -> Run:
+        """This run, with options for the step that is taken by it: ``run.options(timeout=…).step(charge, order)``. They
+        go before the function's own (:func:`~celery_flows.step`), and those before the flow's.
+
+        Args:
+            name: what the step is called; a plain function's own name by default.
+            retry: how often and when it is tried again.
+            timeout: how long one attempt may take. Past it a plain function, and a Celery task under prefork and solo,
+                is interrupted and has failed with :class:`StepTimedOut`; in a thread it is judged when it ends.
+            key: the step's identity, with its name, in place of how many of that name came before it.
+
+        Raises:
+            InvalidData: naming the option.
+        """
+        return Run(self._replay, StepOptions(name, retry, timeout, key).over(self._options))
 
     @overload
     def step(self, work: Signature[T], /) -> T: ...
@@ -73,8 +91,20 @@ class Run:
             InvalidData: arguments or result cannot be JSON.
         """
         if isinstance(work, Task | Signature):
-            return self.gather([work.s(*args, **kwargs) if isinstance(work, Task) else work])[0]
-        return self._inline(work, args, kwargs)
+            signature = work.s(*args, **kwargs) if isinstance(work, Task) else work
+            return self._gather([signature], How())[0]
+        return run_inline(self._replay, self._options, work, args, kwargs)
+
+    def transaction(self, work: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a function with a SQLAlchemy Session on the store's database, and commits what it wrote together with
+        the step's record: exactly once, whatever crashes. It is run again after a rollback, so it must write through
+        the session only. It has ten seconds between two statements, as every transaction here.
+
+        Raises:
+            StepFailed: it failed for good; nothing of it was written.
+            InvalidData: the result cannot be JSON.
+        """
+        return cast("T", run_transaction(self._replay, self._options, work, args, kwargs))
 
     def flow(self, definition: FlowDefinition[In, Out], input: In | None = None, /) -> Out:
         """Runs another flow as a step of this one, with this one's owner, and gives its result. If this flow is
@@ -84,96 +114,102 @@ class Run:
             StepFailed: it failed or was cancelled.
             InvalidData: the input is not what it takes, or cannot be JSON.
         """
-        return self.gather([definition.s(input)])[0]
+        return cast("Out", self._gather([definition.s(input)], How())[0])
 
     @overload
-    def gather(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> list[T]: ...
+    def gather(
+        self, members: Iterable[Signature[T] | ChildFlow[T] | Callable[[], T]], *, limit: int | None = None
+    ) -> list[T]: ...
     @overload
-    def gather(self, members: Iterable[AnyMember]) -> list[Any]: ...
-    def gather(self, members: Iterable[AnyMember]) -> list[Any]:
-        """Runs Celery signatures (``task.s(…)``) and flows (``definition.s(input)``) side by side, each a step, and
-        gives their results in order when all have succeeded.
+    def gather(
+        self,
+        members: Iterable[Signature[T] | ChildFlow[T] | Callable[[], T]],
+        *,
+        return_exceptions: Literal[True],
+        limit: int | None = None,
+    ) -> list[T | StepFailed]: ...
+    @overload
+    def gather(
+        self, members: Iterable[Work], *, return_exceptions: bool = False, limit: int | None = None
+    ) -> list[Any]: ...
+    def gather(
+        self, members: Iterable[Work], *, return_exceptions: bool = False, limit: int | None = None
+    ) -> list[Any]:
+        """Runs Celery signatures (``task.s(…)``), flows (``definition.s(input)``) and plain functions without arguments
+        (``partial(function, …)``), each a step, and gives their results in order.
+
+        Signatures and flows run side by side; plain functions run here, one after the other, before them.
+
+        Args:
+            return_exceptions: waits for all, and gives a :class:`StepFailed` in place of a result that there is not.
+            limit: how many signatures and flows may be out at once.
 
         Raises:
-            StepFailed: the first of them, in order, that failed for good.
+            StepFailed: the first of them, in order, that failed for good, once all that had begun have ended.
             InvalidData: arguments cannot be JSON; none was scheduled.
         """
-        signatures = list(members)
-        identities = [self._identify(member_name(signature)) for signature in signatures]
-        known = [self._driver.history.get(run_id) for run_id, _ in identities]
-        if any(step is not None and step.status is FlowStepStatus.FAILED for step in known):
-            self._outcome(self._first_failure([run_id for run_id, _ in identities]), None)
-        if any(step is None or not step.status.is_terminal for step in known):
-            self._join(list(zip(identities, signatures, known, strict=True)))
-        return [
-            self._outcome(step, codec_of(self._driver.app, signature))
-            for step, signature in zip(known, signatures, strict=True)
-        ]
+        return self._gather(members, How(collects_failures=return_exceptions, at_once=limit))
 
-    def _first_failure(self, run_ids: list[str]) -> FlowStep:
-        """Of a join that has failed, the first member that did, once all are closed: what handles the failure must not
-        run beside members, and which failure is told must not depend on when it is asked."""
-        history = self._driver.history
-        if any(run_id in history and not history[run_id].status.is_terminal for run_id in run_ids):
-            self._driver.settle_members()
-            history = self._driver.history
-        members = [history[run_id] for run_id in run_ids if run_id in history]
-        failed = [step for step in members if step.status is FlowStepStatus.FAILED]
-        # Children that were cancelled because of the failure are not the failure.
-        of_themselves = (step for step in failed if (step.error_json or {}).get("type") != FlowCancelled.__name__)
-        return next(of_themselves, failed[0])
+    def first(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> T:
+        """Runs Celery signatures and flows side by side, and gives the result of the one that succeeds first. The
+        others are cancelled if nobody has begun them; else they go on, and their results are recorded.
 
-    def _join(self, steps: list[tuple[tuple[str, int], AnyMember, FlowStep | None]]) -> None:
-        """Schedules the members that are not, and suspends the flow until all have succeeded or one has failed."""
-        missing = [(identity, signature) for identity, signature, step in steps if step is None]
-        if missing:
-            self._new_step()
-        limit, cleanup = self._driver.max_payload_bytes, self._cleaning
-        members = [
-            child_member(self._driver.flow, run_id, position, signature, cleanup=cleanup)
-            if isinstance(signature, ChildFlow)
-            else member_of(self._driver.app, run_id, position, signature, limit, cleanup=cleanup)
-            for (run_id, position), signature in missing
-        ]
-        succeeded = sum(step is not None and step.status is FlowStepStatus.SUCCEEDED for _, _, step in steps)
-        self._tell_once(lambda: self._driver.join(members, good=len(steps) - succeeded, bad=0, cleanup=cleanup))
+        Raises:
+            StepFailed: all of them failed.
+            InvalidData: there are none, or arguments cannot be JSON; none was scheduled.
+        """
+        gather = self._gather_of(members, How(first_only=True))
+        if not gather.is_all_remote:
+            raise InvalidData("first", "takes one or more of task.s(…) and flow.s(…)")
+        return cast("T", gather.first())
 
-    def _inline(self, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = step_name(work)
-        run_id, position = self._identify(name)
-        codec = result_codec(work)
-        if (known := self._driver.history.get(run_id)) is not None:
-            return self._outcome(known, codec)
-        self._new_step()
-        self._driver.check_lease()
-        self._driver.runtime.before_body(name)
-        began, self._inside = self._driver.clock(), name
-        try:
-            value = work(*args, **kwargs)
-            self._inside = None
-            result = codec.encode(f"result of step {name}", value, self._driver.max_payload_bytes)
-        except Exception as error:
-            self._inside = None
-            self._record(run_id, name, FlowStepStatus.FAILED, position, began, error=describe(error))
-            raise StepFailed(name, **describe(error)) from error
-        except BaseException as error:  # it ends more than the step: whatever the flow does about it, nothing follows
-            self._driver.interrupt(error)
-            raise
-        self._record(run_id, name, FlowStepStatus.SUCCEEDED, position, began, result=result)
-        return codec.decode(f"result of step {name}", read_back(result))
+    def _gather(self, members: Iterable[Work], how: How) -> list[Any]:
+        return self._gather_of(members, how).results()
 
-    def _record(
-        self, run_id: str, name: str, status: FlowStepStatus, position: int, began: float, **outcome: Any
-    ) -> None:
-        elapsed_us = int((self._driver.clock() - began) * 1_000_000)
-        step = StepWrite(run_id, name, status, position, elapsed_us=elapsed_us, **outcome)
-        self._driver.record(step, current_step=name)
+    def _gather_of(self, members: Iterable[Work], how: How) -> Gather:
+        return Gather(self._replay, self._options, list(members), how)
+
+    # ---- undoing ----
+
+    @overload
+    def on_failure(self, undo: Signature[Any], /) -> None: ...
+    @overload
+    def on_failure(self, undo: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None: ...
+    def on_failure(self, undo: Any, /, *args: Any, **kwargs: Any) -> None:
+        """What undoes what has been done until here, should the flow fail or be cancelled: a plain function or a Celery
+        task, run as a step, retried as steps are. The latest comes first. One that fails is reported with the flow's
+        error, and the others are run all the same.
+        """
+        if isinstance(undo, Task):
+            undo, args, kwargs = undo.s(*args, **kwargs), (), {}
+        elif not callable(undo):
+            raise InvalidData("on_failure", f"takes a function or a Celery task, not {type(undo).__name__}")
+        self._replay.undos.append(Undo(self._options, undo, args, kwargs))
+
+    def undo(self) -> list[str]:
+        """Runs what :meth:`on_failure` was told, the latest first, and gives the names of those that failed. The flow
+        does so by itself when it fails or is cancelled; here for a function that means to go on.
+        """
+        failed = []
+        while self._replay.undos:
+            undo = self._replay.undos.pop()
+            step = Run(self._replay, undo.options).step
+            try:
+                step(undo.work, *undo.args, **undo.kwargs)
+            except StepFailed as failure:
+                failed.append(failure.step)
+        return failed
+
+    def clean_up(self) -> list[str]:
+        """:meth:`undo` in the end, where nothing can be waited for any more. For the driver."""
+        self._replay.cleaning = True
+        return self.undo()
 
     # ---- waits ----
 
     def sleep(self, duration: timedelta) -> None:
         """Waits without a worker, for seconds or months, by the database's clock."""
-        self._sleep(lambda: self._driver.now() + duration)
+        wait_steps.sleep(self._replay, lambda: self._replay.driver.now() + duration)
 
     def sleep_until(self, at: datetime) -> None:
         """Waits without a worker until an aware time; a time that has passed is no wait.
@@ -182,24 +218,7 @@ class Run:
             InvalidData: the time is naive.
         """
         moment = as_utc("at", at)
-        self._sleep(lambda: moment)
-
-    def _sleep(self, until: Callable[[], datetime]) -> None:
-        run_id, position = self._identify("sleep")
-        known = self._driver.history.get(run_id)
-        if known is not None and known.status.is_terminal:
-            self._outcome(known, None)
-            return
-        self._new_step()
-        at = until() if known is None else datetime.fromisoformat(known.args_json["at"])
-        if known is None:
-            self._driver.check_horizon(at)
-        step = self._wait_step(run_id, "sleep", position, {"at": at.isoformat()}, known)
-        if self._driver.now() >= at:
-            self._driver.record(_closed(step, FlowStepStatus.SUCCEEDED), current_step="sleep")
-        else:
-            self._refuse_in_cleanup("sleep")
-            self._tell_once(lambda: self._driver.wait(TimerWait(at=at, run_id=run_id), step))
+        wait_steps.sleep(self._replay, lambda: moment)
 
     def wait_for(self, topic: str, correlation_id: str, *, timeout: timedelta | None = None) -> Any:
         """Waits without a worker for an external event, and gives its payload. One that came before is taken at once;
@@ -211,89 +230,46 @@ class Run:
         """
         check_name("topic", topic)
         check_name("correlation_id", correlation_id)
-        name = f"wait_for {topic}"
-        run_id, position = self._identify(name)
-        known = self._driver.history.get(run_id)
-        if known is None or not known.status.is_terminal:
-            self._new_step()
-            wait = self._external_wait(topic, correlation_id, timeout, run_id, known)
-            args = wait.model_dump(mode="json", exclude={"kind", "run_id"})
-            step = self._wait_step(run_id, name, position, args, known)
-            self._refuse_in_cleanup(name)
-            known = self._tell_once(lambda: self._driver.wait_for_event(wait, step))
-        if known.status is FlowStepStatus.FAILED and (known.error_json or {}).get("type") == WAIT_TIMED_OUT:
-            raise WaitTimedOut(topic, correlation_id)
-        return self._outcome(known, None)
+        return wait_steps.wait_for(self._replay, f"wait_for {topic}", topic, correlation_id, timeout)
 
-    def _tell_once(self, go_on: Callable[[], T]) -> T:
-        """Goes on; a cancel that comes in the moment before tells the flow too, so what follows is cleanup."""
+    def approval(self, name: str, *, timeout: timedelta | None = None) -> Approval:
+        """Waits without a worker until somebody decides (``handle.approve(name, by=…)``, ``handle.reject(…)``), and
+        gives who, when, and what.
+
+        Raises:
+            WaitTimedOut: nobody did in time.
+            InvalidData: the name is empty or too long, or what was emitted by hand is no approval.
+        """
+        topic, correlation_id = approval_key(self.flow_id, name)
+        payload = wait_steps.wait_for(self._replay, topic, topic, correlation_id, timeout)
         try:
-            return go_on()
-        except FlowCancelled:
-            self._cleaning = True
-            raise
+            return Approval.model_validate(payload)
+        except ValueError:
+            raise InvalidData(f"approval {name}", "is none: approve with handle.approve(name, by=…)") from None
 
-    def _refuse_in_cleanup(self, name: str) -> None:
-        if self._cleaning:
-            raise InvalidData(f"step {name}", "cannot wait: the flow is cancelled and cleans up")
+    # ---- what is recorded besides ----
 
-    def _external_wait(
-        self, topic: str, correlation_id: str, timeout: timedelta | None, run_id: str, known: FlowStep | None
-    ) -> ExternalEventWait:
-        if known is not None:
-            timeout_at = known.args_json.get("timeout_at")
-        else:
-            timeout_at = None if timeout is None else self._driver.now() + timeout
-            if timeout_at is not None:
-                self._driver.check_horizon(timeout_at)
-        return ExternalEventWait(topic=topic, correlation_id=correlation_id, timeout_at=timeout_at, run_id=run_id)
+    def update(self, **state: Any) -> None:
+        """Lays these keys over the flow's state, where ``handle.state()`` sees them at once: progress, for people and
+        programs that look on. Done once, as a step is; the flow itself should not read it.
 
-    def _wait_step(
-        self, run_id: str, name: str, position: int, args: dict[str, Any], known: FlowStep | None
-    ) -> StepWrite:
-        # A wait that is taken up again tells of the row that is there: same id, same position.
-        same = {"position": position} if known is None else {"position": known.position, "id": known.id}
-        return StepWrite(run_id, name, FlowStepStatus.RUNNING, args=json.dumps(args), **same)
+        Raises:
+            InvalidData: a value cannot be JSON.
+        """
+        encode_json("state", state)
+        place = self._replay.place("update")
+        if self._replay.find(place) is None:
+            self._replay.begin()
+            self._replay.driver.update_state(place, state)
 
-    # ---- identity and outcome ----
+    def now(self) -> datetime:
+        """The time, in UTC by the database's clock; recorded, so that a replay sees the same."""
+        return cast("datetime", run_inline(self._replay, StepOptions(name="now"), self._replay.driver.now, (), {}))
 
-    def _identify(self, name: str) -> tuple[str, int]:
-        """A step's run id, from its name and how many times that came before, and its position in the flow."""
-        if self._inside is not None:
-            raise InvalidData(f"step {name}", f"was taken inside step {self._inside}; steps do not nest")
-        count = self._calls[name] = self._calls.get(name, 0) + 1
-        self._position += 1
-        return run_id_of(self.flow_id, name, count), self._position
+    def uuid(self) -> UUID:
+        """A new UUID; when replayed the same one. Derived from the flow's id, so it costs no record."""
+        return uuid5(self.flow_id, f"uuid {self._replay.count('run.uuid()')}")
 
-    def _new_step(self) -> None:
-        """Called before anything new happens, or a wait is taken up again: here a cancelled flow is told so, once."""
-        if self._driver.must_stop(cleaning=self._cleaning):
-            self._cleaning = True
-            raise FlowCancelled(self.flow_id)
-
-    def _outcome(self, step: FlowStep | None, codec: Codec | None) -> Any:
-        assert step is not None
-        if step.status is FlowStepStatus.SUCCEEDED:
-            return step.result_json if codec is None else codec.decode(f"result of step {step.task}", step.result_json)
-        if step.status is FlowStepStatus.CANCELLED:
-            self._cleaning = True
-            raise FlowCancelled(self.flow_id)
-        error = step.error_json or {"type": "unknown", "message": ""}
-        failure = StepLost if error["type"] == StepLost.__name__ else StepFailed
-        raise failure(step.task, error["type"], error["message"])
-
-
-def _closed(step: StepWrite, status: FlowStepStatus) -> StepWrite:
-    return StepWrite(step.run_id, step.task, status, step.position, args=step.args, id=step.id)
-
-
-def run_id_of(flow_id: UUID, name: str, count: int) -> str:
-    """The run id of the ``count``-th step of this name: the same in every run of this flow."""
-    return str(uuid5(flow_id, f"{name}#{count}"))
-
-
-def step_name(work: Callable[..., Any]) -> str:
-    """The name an inline step goes by: its function's."""
-    inner = getattr(work, "func", work)  # functools.partial
-    name = getattr(inner, "__name__", type(inner).__name__)
-    return check_name("step", name)
+    def random(self) -> float:
+        """A random number from 0 to below 1; when replayed the same one. It costs no record, as :meth:`uuid`."""
+        return random.Random(str(uuid5(self.flow_id, f"random {self._replay.count('run.random()')}"))).random()

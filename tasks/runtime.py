@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 import weakref
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +115,7 @@ class Runtime:
     # The test kit puts parts of its own in the place of these, of `store` and of `publisher`.
 
     wait_until = staticmethod(poll)
+    pause = staticmethod(time.sleep)
 
     def before_body(self, step: str) -> None:
         """Told each time the body of a step is about to run in this process. Does nothing."""

@@ -30,16 +30,18 @@ def start(
     transaction: Transaction | None,
 ) -> FlowHandle[Out]:
     """Stores the flow, and publishes its drive message after the commit. See :meth:`FlowDefinition.start`."""
+    caller = None if transaction is None else transaction_of(transaction)
+    store = runtime.store if caller is None else runtime.store.using(caller)
     flow = Flow(
         controller_id=definition.name,
+        definition_version=definition.version,
+        deadline_at=None if definition.timeout is None else store.run(op.now) + definition.timeout,
         goal=goal,
         owner_session_key=owner,
         idempotency_key=key,
         input_json=definition.encoded_input(input),
     )
     drive = Drive(definition.name, definition.queue, first_pause=runtime.first_pause)
-    caller = None if transaction is None else transaction_of(transaction)
-    store = runtime.store if caller is None else runtime.store.using(caller)
     call = Call(op.create_flow, (flow, {}, drive))
     try:
         created = store.attempt(call, settled=Call(op.find_created, (flow,)), waits_for_locks=key is None)

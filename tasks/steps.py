@@ -12,7 +12,7 @@ from uuid import UUID
 from celery import Task
 from celery._state import _task_stack  # type: ignore[attr-defined]
 from celery.app.trace import task_has_custom
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
 from celery_flows.store import FlowStepStatus, InvalidData, LeaseLost, StoreError, dispatch
 from celery_flows.store.changes import Completion
@@ -20,8 +20,11 @@ from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import StepClaim
 from celery_flows.store.script import Call
 from celery_flows.tasks.drive import UNKNOWN_PAUSE_SECONDS, drive, let_go, passed_on, surely_held
+from celery_flows.tasks.inline import raised_as, timed_out
 from celery_flows.tasks.payloads import describe, result_codec
+from celery_flows.tasks.retry import NEVER, RetryRule
 from celery_flows.tasks.runtime import Runtime, claim_token
+from celery_flows.tasks.timeout import TimeIsUp, time_limit
 
 log = logging.getLogger("celery_flows.steps")
 
@@ -58,13 +61,23 @@ def run_step(runtime: Runtime, run_id: str, delivery: Delivery) -> None:
         return
     outcome = _attempt(runtime, claim, task, delivery)
     try:
-        _settle(runtime, claim, outcome, delivery)
+        completed = settle(runtime, claim, outcome)
     except StoreError as error:
         let_go(runtime, claim.holder, error)
         raise
+    if completed is not None and completed.woke:
+        go_on(runtime, claim, completed.queue, delivery)
 
 
-Outcome = Completion | Retry
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The step is tried again."""
+
+    pause: float  # seconds
+    error: dict[str, Any]
+
+
+Outcome = Completion | Again
 
 
 def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery: Delivery) -> Outcome:
@@ -72,21 +85,35 @@ def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery:
         return Completion(claim.holder, claim.flow_id, FlowStepStatus.CANCELLED)
     try:
         runtime.before_body(claim.task)
-        value = _call(task, claim, delivery)
+        with time_limit(claim.args.get("timeout")):
+            value = _call(task, claim, delivery)
         result = result_codec(task.run).encode(
             f"result of step {claim.task}", value, runtime.settings.max_payload_bytes
         )
     except Retry as retry:
-        return retry
+        error = describe(retry.exc) if retry.exc is not None else {"type": "Retry", "message": ""}
+        return Again(_delay_seconds(retry.when), error)
     except Ignore:
         return Completion(claim.holder, claim.flow_id, FlowStepStatus.SUCCEEDED)
+    except (TimeIsUp, SoftTimeLimitExceeded):
+        return failed(claim, timed_out(claim.task, claim.args.get("timeout")))
     except (Exception, Reject) as error:
-        log.warning("step %s of flow %s failed: %s", claim.task, claim.flow_id, type(error).__name__)
-        return Completion(claim.holder, claim.flow_id, FlowStepStatus.FAILED, error=describe(error))
+        return failed(claim, error)
     except BaseException as error:
         let_go(runtime, claim.holder, error)
         raise
     return Completion(claim.holder, claim.flow_id, FlowStepStatus.SUCCEEDED, result=result)
+
+
+def failed(claim: StepClaim, error: BaseException) -> Outcome:
+    """What an attempt comes to that raised: another one, if the step's policy says so."""
+    rule = NEVER if (policy := claim.args.get("retry")) is None else RetryRule.of(policy)
+    pause, told = rule.pause_after(claim.attempt, error), raised_as(error)
+    again = "for good" if pause is None else f"and is tried again in {pause:.1f} s"
+    log.warning("step %s of flow %s failed %s: %s", claim.task, claim.flow_id, again, told["type"])
+    if pause is not None:
+        return Again(pause, told)
+    return Completion(claim.holder, claim.flow_id, FlowStepStatus.FAILED, error=told)
 
 
 def _call(task: Task[Any, Any], claim: StepClaim, delivery: Delivery) -> Any:
@@ -106,13 +133,13 @@ def _call(task: Task[Any, Any], claim: StepClaim, delivery: Delivery) -> Any:
         _task_stack.pop()
 
 
-def _settle(runtime: Runtime, claim: StepClaim, outcome: Outcome, delivery: Delivery) -> None:
-    if isinstance(outcome, Retry):
-        error = describe(outcome.exc) if outcome.exc is not None else {"type": "Retry", "message": ""}
-        delay = _delay_seconds(outcome.when)
-        if not runtime.store.run(dispatch.retry_step, claim.holder, claim.flow_id, claim.attempt, delay, error):
+def settle(runtime: Runtime, claim: StepClaim, outcome: Outcome) -> dispatch.Completed | None:
+    """Records what an attempt came to; None: the step is not closed, or no longer this claim's."""
+    if isinstance(outcome, Again):
+        again = (claim.holder, claim.flow_id, claim.attempt, outcome.pause, outcome.error)
+        if not runtime.store.run(dispatch.retry_step, *again):
             log.info("step %s: its lease was lost, its retry is not recorded", claim.holder.run_id)
-        return
+        return None
     completed: dispatch.Completed | None = runtime.store.attempt(
         Call(dispatch.complete_step, (outcome,)),
         settled=Call(dispatch.find_completion, (outcome,)),
@@ -120,8 +147,19 @@ def _settle(runtime: Runtime, claim: StepClaim, outcome: Outcome, delivery: Deli
     )
     if completed is None:
         log.info("step %s: its lease was lost, its outcome is refused", claim.holder.run_id)
-    elif completed.woke:
-        go_on(runtime, claim, completed.queue, delivery)
+    return completed
+
+
+def time_out(runtime: Runtime, worker: str) -> bool:
+    """Records that a step took too long, its process having been ended for that: ``worker`` is the beginning of its
+    holder's token. False: it holds no step any more."""
+    claim: StepClaim | None = runtime.store.run(dispatch.find_step_claim, worker)
+    if claim is None:
+        return False
+    completed = settle(runtime, claim, failed(claim, timed_out(claim.task, claim.args.get("timeout"))))
+    if completed is not None and completed.woke:
+        runtime.call_worker(str(claim.flow_id))
+    return True
 
 
 def go_on(runtime: Runtime, claim: StepClaim, queue: str | None, delivery: Delivery) -> None:

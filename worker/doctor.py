@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from celery_flows.store import operations as op
 from celery_flows.store.clock import boottime
 from celery_flows.store.health import Heartbeat, Row
 from celery_flows.tasks import maintenance
+from celery_flows.tasks.errors import HistoryMismatch
 from celery_flows.tasks.publish import DRIVE_TASK
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.worker.output import printable
@@ -74,6 +75,11 @@ KINDS = {
         True,
         "flows are open whose definition this application does not have; they wait for a worker that does",
         "deploy it again, name its module in flow_imports, or cancel those flows",
+    ),
+    "history_refused": Kind(
+        True,
+        "flows are left alone, for the function here is not the one that their history was made by",
+        "deploy the old function again, under its version; give the new one a version of its own",
     ),
     "unknown_task": Kind(
         True,
@@ -199,14 +205,14 @@ def _work(runtime: Runtime, now: datetime, stalled_seconds: float) -> Iterator[F
         yield Finding("crashing", f"{_row(row)}: {row.crash_count} crashes, given up at {limit}")
     if lost := store.run(health.list_failures, DAY_SECONDS, ("DriverLost", "StepLost")):
         yield Finding("lost", f"{len(lost)} flows: {_listed(map(str, lost))}")
-    yield from _unknown(runtime, "drive", "unknown_flow", lambda name: runtime.registry.get(name) is not None)
-    yield from _unknown(runtime, "step", "unknown_task", lambda name: name in runtime.app.tasks)
-
-
-def _unknown(runtime: Runtime, rows: str, kind: str, is_known: Callable[[str], bool]) -> Iterator[Finding]:
-    for group in runtime.store.run(health.list_needed, rows):
-        if not is_known(str(group.task)):
-            yield Finding(kind, f"{group.count} of {group.task!r}")
+    for name, version, count in store.run(health.list_needed_definitions):
+        if runtime.registry.get(name, version) is None:
+            yield Finding("unknown_flow", f"{count} of {name!r}, version {version}")
+    for group in store.run(health.list_needed_tasks):
+        if group.task not in runtime.app.tasks:
+            yield Finding("unknown_task", f"{group.count} of {group.task!r}")
+    for flow_id, name, why in store.run(health.list_refused, HistoryMismatch.__name__):
+        yield Finding("history_refused", f"flow {flow_id} of {name!r}: {why}")
 
 
 def _row(row: Row) -> str:

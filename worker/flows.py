@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from typing import Any, Self, TypeVar, overload
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -15,7 +17,8 @@ from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
 from celery_flows.tasks.celery_tasks import register
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.handle import FlowHandle
-from celery_flows.tasks.registry import FlowDefinition
+from celery_flows.tasks.registry import FlowDefinition, Registry
+from celery_flows.tasks.retry import Retry
 from celery_flows.tasks.run import Run
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.settings import FlowSettings
@@ -84,16 +87,31 @@ class Flows:
         """The manager over :attr:`store`, for flows that no definition drives, and for operators."""
         return self.runtime.manager
 
-    def flow(self, name: str, *, queue: str | None = None) -> _Define:
+    def flow(
+        self,
+        name: str,
+        *,
+        queue: str | None = None,
+        version: int = 1,
+        retry: Retry | None = None,
+        timeout: timedelta | None = None,
+    ) -> _Define:
         """Registers a flow function under a name, which is for good: flows that are open are driven by it.
 
         Args:
             queue: where its drive messages go; None: ``task_default_queue``.
+            version: a flow goes on with the version that it began with, and begins with the latest. A function whose
+                steps change gets a new version, and the old one stays until its flows have ended.
+            retry: how often and when its steps are tried again, where nothing else is said.
+            timeout: how long after its start a flow has to end; past that it is told (:class:`FlowTimedOut`), and
+                fails.
 
         Raises:
-            InvalidData: the name is taken, or the function takes more than the run and one input.
+            InvalidData: name and version are taken, the function takes more than the run and one input, or an option is
+                wrong.
         """
-        return _Define(self.runtime, name, queue)
+        define = partial(FlowDefinition, self.runtime, name, queue=queue, version=version, retry=retry, timeout=timeout)
+        return _Define(define, self.runtime.registry)
 
     def handle(self, flow_id: UUID | str) -> FlowHandle[Any]:
         """The handle of a flow by its id.
@@ -124,14 +142,14 @@ class Flows:
 class _Define:
     """What ``@flows.flow(name)`` gives: takes the function, gives its definition."""
 
-    def __init__(self, runtime: Runtime, name: str, queue: str | None) -> None:
-        self._runtime, self._name, self._queue = runtime, name, queue
+    def __init__(self, define: Callable[..., FlowDefinition[Any, Any]], registry: Registry) -> None:
+        self._define, self._registry = define, registry
 
     @overload
     def __call__(self, function: Callable[[Run, In], Out]) -> FlowDefinition[In, Out]: ...
     @overload
     def __call__(self, function: Callable[[Run], Out]) -> FlowDefinition[None, Out]: ...
     def __call__(self, function: Callable[..., Any]) -> FlowDefinition[Any, Any]:
-        definition: FlowDefinition[Any, Any] = FlowDefinition(self._runtime, self._name, function, self._queue)
-        self._runtime.registry.add(definition)
+        definition = self._define(function=function)
+        self._registry.add(definition)
         return definition

@@ -19,6 +19,7 @@ from celery_flows.store import dispatch
 from celery_flows.store.clock import boottime
 from celery_flows.tasks.publish import DRIVE_TASK, STEP_TASK
 from celery_flows.tasks.runtime import NODE, Runtime, pid_of, worker_token
+from celery_flows.tasks.steps import time_out
 
 log = logging.getLogger("celery_flows.leases")
 
@@ -34,12 +35,14 @@ class Leases:
         self._seen: dict[str, int] = {}  # token → pid, as of the last look
         self._dead: dict[str, int] = {}  # token → looks left; a row that somebody has locked is asked for again
         self._reported: deque[dict[str, int]] = deque()  # by other threads
+        self._too_slow: deque[str] = deque()  # tokens of processes that are ended for taking too long
         self._renewed_at = boottime()
 
     def keep(self) -> None:
         """One look: gives up what dead children held, at once; renews the rest, once per third of a lease."""
         self._look()
         if self._dead and not self._runtime.stopping.is_set():  # a stopping worker's did not crash
+            self._time_out()
             if released := self._runtime.store.run(dispatch.release, list(self._dead)):
                 log.warning("released %d leases of dead worker processes", released)
             self._dead = {token: looks - 1 for token, looks in self._dead.items() if looks > 1}
@@ -51,6 +54,18 @@ class Leases:
     def lost(self, request: Any) -> None:
         """Celery tells that the process of this request has died; maybe it began since the last look. Never waits."""
         self._reported.append(held_by([request]))
+
+    def timed_out(self, request: Any) -> None:
+        """Celery is about to end the process of this request, for its hard time limit has passed. Never waits."""
+        held = held_by([request])
+        self._reported.append(held)
+        self._too_slow.extend(held)
+
+    def _time_out(self) -> None:
+        """The steps of processes that were ended for taking too long have timed out; they did not crash."""
+        for token in [token for token in self._too_slow if token in self._dead]:
+            time_out(self._runtime, token)
+            self._too_slow.remove(token)
 
     def are_held_here(self) -> bool:
         """Whether this process itself is at work, in threads."""

@@ -19,7 +19,7 @@ from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.stopping import Stopping
 from celery_flows.worker.guard import guard_tasks
 from celery_flows.worker.leases import Leases
-from celery_flows.worker.pools import check_pool, keep_inputs_out_of_events, tell_of_lost_processes
+from celery_flows.worker.pools import check_pool, keep_inputs_out_of_events, tell_of_processes
 
 log = logging.getLogger("celery_flows.worker")
 
@@ -81,7 +81,7 @@ class WorkerStep(bootsteps.StartStopStep):
             self._leases.lost(request)
             keeper.wake()
 
-        tell_of_lost_processes(self.runtime.app, lost)
+        tell_of_processes(self.runtime.app, lost, self._leases.timed_out)
         keep_inputs_out_of_events(self.runtime.app)
 
     def start(self, parent: Any) -> None:

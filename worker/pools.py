@@ -48,10 +48,16 @@ def keep_inputs_out_of_events(app: Celery) -> None:
     task.Request = StartRequest
 
 
-def tell_of_lost_processes(app: Celery, lost: Callable[[Any], None]) -> None:
-    """Has ``lost`` called, in the parent process, with each request for a flow whose process died over it."""
+def tell_of_processes(app: Celery, lost: Callable[[Any], None], timed_out: Callable[[Any], None]) -> None:
+    """Has ``lost`` called, in the parent process, with each request for a flow whose process died over it, and
+    ``timed_out`` with each whose process is ended for its hard time limit."""
 
     class FlowRequest(Request):
+        def on_timeout(self, soft: bool, timeout: float) -> None:
+            if not soft:
+                timed_out(self)
+            super().on_timeout(soft, timeout)
+
         def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> Any:
             error = getattr(exc_info.exception, "exc", exc_info.exception)
             if isinstance(error, WorkerLostError):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Self, TypeVar
+from uuid import UUID
 
 import sqlalchemy as sa
 
@@ -58,7 +59,7 @@ class FlowApp:
         runtime = self._runtime
         ours = {
             "settings": load_settings(runtime.app.conf), "publisher": self.messages, "_store": self.store,
-            "wait_until": self._wait_until, "before_body": self._before_body,
+            "wait_until": self._wait_until, "pause": self._pause, "before_body": self._before_body,
         }  # fmt: skip
         with self.clock.installed(), in_memory(runtime.app), replaced(runtime, **ours):
             yield self
@@ -128,6 +129,9 @@ class FlowApp:
                 self.run()
         return found
 
+    def _pause(self, seconds: float) -> None:
+        self.clock.move_to(self.clock.now() + timedelta(seconds=seconds))
+
     def _next_due(self) -> datetime | None:
         paused = sa.exists().where(flows.c.id == _d.flow_id, flows.c.paused_at.isnot(None))
         with self.store.engine.connect() as connection:
@@ -138,7 +142,8 @@ class FlowApp:
     # ---- work ----
 
     def _deliver(self, message: Hint) -> None:
-        self._check_registered(message)
+        if message.kind == "step" and message.task not in self._runtime.app.tasks:
+            raise Stuck(f"flow {message.flow_id} has a step {message.task!r}, and the app has no task of that name")
         self._message = message
         try:
             self._hands.deliver(message)
@@ -146,12 +151,18 @@ class FlowApp:
             pass
         finally:
             self.store.dead = False  # the next one is another process
+        self._check_driven(message.flow_id)
 
-    def _check_registered(self, message: Hint) -> None:
-        if message.kind == "drive":
-            self._runtime.registry.require(message.task)
-        elif message.task not in self._runtime.app.tasks:
-            raise Stuck(f"flow {message.flow_id} has a step {message.task!r}, and the app has no task of that name")
+    def _check_driven(self, flow_id: UUID) -> None:
+        """Says nothing if the flow's code is here: a worker without it leaves the flow to others, for ever here."""
+        flow, registry = self.store.get(flow_id), self._runtime.registry
+        if flow is None or flow.status.is_terminal:
+            return
+        if registry.get(flow.controller_id, flow.definition_version) is None:
+            registry.require(flow.controller_id)
+            raise Stuck(f"flow {flow_id} needs version {flow.definition_version} of {flow.controller_id!r}")
+        if flow.error_json is not None:
+            raise Stuck(f"flow {flow_id} ({flow.controller_id}) is left alone: {flow.error_json['message']}")
 
     def _before_body(self, step: str) -> None:
         if self.crash.strikes(step, "before"):

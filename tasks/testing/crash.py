@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from celery_flows.store import InvalidData, SqlFlowStore
 from celery_flows.store.changes import Change, Completion, Holder
 from celery_flows.store.dispatch import StepClaim, retry_step
-from celery_flows.store.operations import Mode
+from celery_flows.store.operations import Mode, change_made
 from celery_flows.store.script import Call, Pause
 from celery_flows.tasks.testing.names import is_meant
 
@@ -96,25 +96,51 @@ class CrashingStore(DyingStore):
         super().__init__(engine)
 
     def _perform(self, step: Call | Pause) -> Any:
-        recorded = None if isinstance(step, Pause) else self._recorded(step)
-        self._may_die(recorded, "during")
+        recorded: list[str] = []
+        if isinstance(step, Call):
+            step = self._watched(step, recorded)
         answer = super()._perform(step)
         if isinstance(answer, StepClaim):
             self._tasks[answer.holder.run_id] = answer.task
-        self._may_die(recorded, "after")
+        for name in recorded:
+            self._may_die(name, "after")
         return answer
 
-    def _may_die(self, step: str | None, when: When) -> None:
-        if step is not None and self._crash.strikes(step, when):
+    def _watched(self, call: Call, recorded: list[str]) -> Call:
+        """The call; if it records a step's outcome, whatever that is, the process may die before it, and the step's
+        name is added to ``recorded``."""
+
+        def records(step: str | None) -> None:
+            if step is not None:
+                self._may_die(step, "during")
+                recorded.append(step)
+
+        what: Any = next(iter(call.args), None)
+        if call.operation is change_made:  # what there is to record, is known within its transaction
+
+            def made(connection: sa.Connection) -> Change:
+                change: Change = what(connection)
+                records(_recorded(change))
+                return change
+
+            return Call(call.operation, (made, *call.args[1:]), call.kwargs)
+        if call.operation.mode in (Mode.WRITE, Mode.SINGLE):  # type: ignore[attr-defined]
+            if isinstance(what, Change):
+                records(_recorded(what))
+            elif isinstance(what, Completion):
+                records(self._tasks.get(what.holder.run_id))
+            elif isinstance(what, Holder) and call.operation is retry_step:
+                records(self._tasks.get(what.run_id))
+        return call
+
+    def _may_die(self, step: str, when: When) -> None:
+        if self._crash.strikes(step, when):
             self.die()
 
-    def _recorded(self, call: Call) -> str | None:
-        """The name of the step whose outcome this call records, whatever came of it."""
-        if call.operation.mode not in (Mode.WRITE, Mode.SINGLE):  # type: ignore[attr-defined]
-            return None
-        what = next(iter(call.args), None)
-        if isinstance(what, Change):
-            return what.step.task if what.step is not None and what.step.status.is_terminal else None
-        if isinstance(what, Completion):
-            return self._tasks.get(what.holder.run_id)
-        return self._tasks.get(what.run_id) if isinstance(what, Holder) and call.operation is retry_step else None
+
+def _recorded(change: Change) -> str | None:
+    """The step whose attempt this change records the outcome of."""
+    step = change.step
+    if step is not None and (step.status.is_terminal or change.kind == "step_retrying"):
+        return step.task
+    return None

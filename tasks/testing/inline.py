@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime, timedelta
-from typing import Any, TypeVar
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, NoReturn, TypeVar, cast
 
-from celery import Signature, Task
+from celery import Celery
+from pydantic_core import to_jsonable_python
+from sqlalchemy import Connection
 
-from celery_flows.store.clock import as_utc
-from celery_flows.store.models import new_id
-from celery_flows.store.validation import MAX_PAYLOAD_BYTES
-from celery_flows.tasks.children import ChildFlow
-from celery_flows.tasks.errors import StepFailed, WaitTimedOut
-from celery_flows.tasks.members import AnyMember, member_name
-from celery_flows.tasks.payloads import Codec, describe, read_back, result_codec
-from celery_flows.tasks.registry import FlowDefinition
-from celery_flows.tasks.run import Run, step_name
+from celery_flows.store import Flow, FlowStep, FlowStepStatus
+from celery_flows.store.changes import Join, Member, StepWrite
+from celery_flows.store.waits import ExternalEventWait, TimerWait
+from celery_flows.tasks.drive import Driver
+from celery_flows.tasks.errors import HistoryMismatch
+from celery_flows.tasks.payloads import describe, result_codec
+from celery_flows.tasks.registry import FlowDefinition, Registry
+from celery_flows.tasks.replay import Place, Replay, Suspended
+from celery_flows.tasks.run import Run
+from celery_flows.tasks.runtime import Runtime
+from celery_flows.tasks.settings import FlowSettings
+from celery_flows.tasks.testing.names import is_meant
 from celery_flows.tasks.testing.stuck import Stuck
+from celery_flows.tasks.wait_steps import WAIT_TIMED_OUT
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-class NotInline(AttributeError):
+class NotInline(Exception):
     """The flow function asked for something that needs a store."""
+
+
+class Refused(BaseException):
+    """Carries an error out of the flow function, past its own ``except Exception``."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
 
 def run_inline(
@@ -35,96 +49,191 @@ def run_inline(
     steps: Mapping[str, Callable[..., Any]] | None = None,
     events: Mapping[str, Any] | None = None,
 ) -> Out:
-    """Calls the flow function once, its steps and child flows in place, and gives its result. Sleeps take no time.
+    """Calls the flow function, its steps, Celery's and child flows in place, and gives its result. Nothing is stored;
+    waiting takes no time.
 
-    For the logic of a flow alone. What it cannot show: replay from the top, crashes, cancelling, retries, time, steps
-    side by side. Input and results go through JSON as ever.
+    For the logic of a flow alone. What it cannot show: crashes, cancelling, deadlines, steps side by side, and
+    transactional steps, which are refused.
 
     Args:
-        steps: functions to call in the place of steps and child flows of these names.
-        events: payloads by topic, for ``wait_for``.
+        steps: functions to call in the place of Celery tasks and child flows of these names.
+        events: payloads by topic, for ``run.wait_for``. A wait that has none times out.
 
     Raises:
         Stuck: it waits, without a timeout, for an event that is not among ``events``.
-        NotInline: it uses a part of :class:`Run` that needs a store.
+        NotInline: it does what needs a store.
         Exception: whatever the function raises.
     """
-    arguments = [_through_json(definition.input, "input", input)] if definition.takes_input else []
-    result: Out = definition.function(InlineRun(steps or {}, events or {}), *arguments)
-    return _through_json(definition.output, "result", result)  # type: ignore[no-any-return]
+    __tracebackhide__ = True
+    try:
+        return cast("Out", InlineDriver(definition, definition.encoded_input(input), steps or {}, events or {}).play())
+    except Refused as refused:
+        raise refused.error from None
 
 
-class InlineRun(Run):
-    """The run of a flow that is nowhere stored."""
+class Storeless:
+    """A runtime without what needs a server."""
 
-    def __init__(self, steps: Mapping[str, Callable[..., Any]], events: Mapping[str, Any]) -> None:
-        self._steps, self._events = steps, events
-        self.flow_id = new_id()
-        self.owner = "default"
-        self.logger = logging.LoggerAdapter(logging.getLogger("celery_flows.run"), {"flow_id": str(self.flow_id)})
+    def __init__(self, runtime: Runtime) -> None:
+        self.app: Celery = runtime.app
+        self.registry: Registry = runtime.registry
+        self.settings: FlowSettings = runtime.settings
 
-    def __getattr__(self, name: str) -> Any:
-        raise NotInline(
-            f"run_inline has no store (nor {name}): a flow can step, gather, run flows, sleep and wait_for in it; "
-            "for anything else there is flow_app"
-        )
+    def before_body(self, step: str) -> None:
+        """Nobody is told."""
 
-    def step(self, work: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(work, Signature):
-            return self.gather([work])[0]
-        if isinstance(work, Task):
-            return self.gather([work.s(*args, **kwargs)])[0]
-        return self._call(step_name(work), work, result_codec(work), args, kwargs)
+    def __getattr__(self, name: str) -> NoReturn:
+        raise _needs_a_store(name)
 
-    def gather(self, members: Iterable[AnyMember]) -> list[Any]:
-        results: list[Any] = []
-        failures: list[StepFailed] = []
-        for member in members:
-            try:
-                results.append(self._member(member))
-            except StepFailed as failure:
-                failures.append(failure)
-        if failures:
-            raise failures[0]
-        return results
 
-    def flow(self, definition: FlowDefinition[In, Out], input: In | None = None, /) -> Out:
-        return self.gather([definition.s(input)])[0]  # type: ignore[no-any-return]
+class InlineDriver(Driver):
+    """Drives a flow that is nowhere stored: what the function asks for is there the next time it is run."""
 
-    def sleep(self, duration: timedelta) -> None:
-        """Takes no time."""
+    def __init__(
+        self,
+        definition: FlowDefinition[Any, Any],
+        input_json: Any,
+        steps: Mapping[str, Callable[..., Any]],
+        events: Mapping[str, Any],
+    ) -> None:
+        self.runtime = cast("Runtime", Storeless(definition._runtime))
+        self.app = self.runtime.app
+        self.flow = Flow(controller_id=definition.name, owner_session_key="default", input_json=input_json)
+        self.history = {}
+        self.defaults = definition.defaults
+        self.max_payload_bytes = self.runtime.settings.max_payload_bytes
+        self._definition, self._steps, self._events = definition, steps, events
+        self._kept: dict[str, FlowStep] = {}
+        self._now = datetime.now(UTC)
 
-    def sleep_until(self, at: datetime) -> None:
-        as_utc("at", at)
+    def play(self) -> Any:
+        """Runs the function until it does not ask for more."""
+        while True:
+            self.history, self._by_position = dict(self._kept), None
+            with suppress(Suspended):
+                return self._once()
 
-    def wait_for(self, topic: str, correlation_id: str, *, timeout: timedelta | None = None) -> Any:
-        if topic in self._events:
-            return self._events[topic]
-        if timeout is not None:
-            raise WaitTimedOut(topic, correlation_id)
-        raise Stuck(f"the flow waits for the event {topic!r}: give run_inline its payload, events={{{topic!r}: …}}")
-
-    def _member(self, member: AnyMember) -> Any:
-        name = member_name(member)
-        if isinstance(member, ChildFlow):
-            return self._call(name, self._child, member.definition.output, (member,), {})
-        task: Any = member.type
-        return self._call(name, task, result_codec(task.run), tuple(member.args), dict(member.kwargs))
-
-    def _child(self, child: ChildFlow[Any]) -> Any:
-        return run_inline(child.definition, child.input, steps=self._steps, events=self._events)
-
-    def _call(
-        self, name: str, work: Callable[..., Any], codec: Codec, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if name in self._steps:
-            work = self._steps[name]
-            args = (args[0].input,) if args and isinstance(args[0], ChildFlow) else args
+    def _once(self) -> Any:
+        definition, replay = self._definition, Replay(self)
+        run = Run(replay)
+        arguments = [definition.input.decode("input", self.flow.input_json)] if definition.takes_input else []
         try:
-            return _through_json(codec, f"result of step {name}", work(*args, **kwargs))
+            value = definition.function(run, *arguments)
+            result = json.loads(definition.output.encode("result", value, self.max_payload_bytes))
+        except Exception:
+            run.clean_up()
+            raise
+        replay.finish()
+        return definition.output.decode("result", result)
+
+    # ---- what Run asks, where it is not as in a driver with a store ----
+
+    def now(self) -> datetime:
+        return self._now
+
+    @property
+    def join_group(self) -> int:
+        return 0
+
+    def must_stop(self, *, cleaning: bool) -> None:
+        return None
+
+    def settle_members(self) -> None:
+        """They are closed."""
+
+    def cancel_idle_members(self) -> None:
+        """They are closed."""
+
+    def interrupt(self, error: BaseException) -> None:
+        """It ends the test."""
+
+    def check_lease(self) -> None:
+        """There is none."""
+
+    def refuse_history(self, mismatch: HistoryMismatch) -> NoReturn:
+        raise Refused(mismatch)
+
+    def record(self, step: StepWrite, *, current_step: str) -> None:
+        self._keep(step)
+
+    def retry(self, step: StepWrite, pause: float) -> None:
+        self._keep(step)
+
+    def update_state(self, place: Place, patch: Mapping[str, Any]) -> None:
+        self._keep(StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position))
+
+    def transact(self, write: Callable[[Connection], StepWrite]) -> str:
+        raise _needs_a_store("run.transaction")
+
+    def join(self, members: Sequence[Member], join: Join, *, cleanup: bool) -> NoReturn:
+        for member in members:
+            self._keep(self._outcome(member))
+        raise Suspended
+
+    def wait(self, timer: TimerWait, step: StepWrite) -> NoReturn:
+        self._now = timer.at
+        self._keep(_closed(step, FlowStepStatus.SUCCEEDED))
+        raise Suspended
+
+    def wait_for_event(self, wait: ExternalEventWait, step: StepWrite) -> FlowStep:
+        if wait.topic in self._events:
+            payload = json.dumps(to_jsonable_python(self._events[wait.topic]))
+            return self._keep(_closed(step, FlowStepStatus.SUCCEEDED, result=payload))
+        if wait.timeout_at is None:
+            told = f"give run_inline its payload, events={{{wait.topic!r}: …}}"
+            raise Refused(Stuck(f"the flow waits for the event {wait.topic!r}: {told}"))
+        self._now = max(self._now, wait.timeout_at)
+        return self._keep(_closed(step, FlowStepStatus.FAILED, error={"type": WAIT_TIMED_OUT, "message": ""}))
+
+    # ---- steps ----
+
+    def _keep(self, step: StepWrite) -> FlowStep:
+        self._kept[step.run_id] = kept = FlowStep(
+            flow_id=self.flow.id, run_id=step.run_id, task=step.task, status=step.status, position=step.position,
+            attempt=step.attempt, result_json=None if step.result is None else json.loads(step.result),
+            error_json=None if step.error is None else dict(step.error),
+            args_json=None if step.args is None else json.loads(step.args),
+        )  # fmt: skip
+        return kept
+
+    def _outcome(self, member: Member) -> StepWrite:
+        try:
+            result = self._stub_result(member) or self._result(member)
         except Exception as error:
-            raise StepFailed(name, **describe(error)) from error
+            return StepWrite(member.run_id, member.task, FlowStepStatus.FAILED, member.position, error=describe(error))
+        return StepWrite(member.run_id, member.task, FlowStepStatus.SUCCEEDED, member.position, result=result)
+
+    def _stub_result(self, member: Member) -> str | None:
+        """The result, as JSON text, of what stands in for it; None: nothing does."""
+        work = next((work for name, work in self._steps.items() if is_meant(member.task, name)), None)
+        if work is None:
+            return None
+        if member.child is not None:
+            value = work(*([] if member.child.input_json is None else [member.child.input_json]))
+        else:
+            called = json.loads(member.args)
+            value = work(*called["args"], **called["kwargs"])
+        return result_codec(work).encode(f"result of step {member.task}", value, self.max_payload_bytes)
+
+    def _result(self, member: Member) -> str:
+        what = f"result of step {member.task}"
+        if (child := member.child) is not None:
+            definition = self.runtime.registry.get(child.controller_id, child.definition_version)
+            if definition is None:
+                definition = self.runtime.registry.require(child.controller_id)
+            value = InlineDriver(definition, child.input_json, self._steps, self._events).play()
+            return definition.output.encode(what, value, self.max_payload_bytes)
+        task: Any = self.app.tasks.get(member.task)
+        if task is None:
+            raise Refused(Stuck(f"the app has no task {member.task!r}: give run_inline a function for it, steps={{…}}"))
+        called = json.loads(member.args)
+        value = task(*called["args"], **called["kwargs"])
+        return result_codec(task.run).encode(what, value, self.max_payload_bytes)
 
 
-def _through_json(codec: Codec, field: str, value: Any) -> Any:
-    return codec.decode(field, read_back(codec.encode(field, value, MAX_PAYLOAD_BYTES)))
+def _closed(step: StepWrite, status: FlowStepStatus, **outcome: Any) -> StepWrite:
+    return StepWrite(step.run_id, step.task, status, step.position, args=step.args, id=step.id, **outcome)
+
+
+def _needs_a_store(what: str) -> Refused:
+    return Refused(NotInline(f"{what} needs a store, and run_inline has none; for this there is flow_app"))

@@ -277,10 +277,29 @@ def test_a_driver_without_progress_is_found(bench: Bench) -> None:
         connection.execute(sa.update(flows).values(updated_at=updated_at))
 
 
-@pytest.mark.parametrize(("kind", "about"), [("unknown_flow", "1 of 'working'"), ("unknown_task", "1 of 'work'")])
+@pytest.mark.parametrize(
+    ("kind", "about"), [("unknown_flow", "1 of 'working', version 1"), ("unknown_task", "1 of 'work'")]
+)
 def test_open_work_of_unknown_name_is_found(make_bench: MakeBench, kind: str, about: str) -> None:
     begin(make_bench())
     assert found(make_bench(), kind) == [about]
+
+
+def test_a_flow_whose_function_has_changed_is_left_alone_and_found(make_bench: MakeBench) -> None:
+    handle = begin(make_bench())
+    deployed = make_bench()
+
+    @deployed.flows.flow("working")
+    def working(run: Run, secret: str) -> str:
+        return run.step(str.upper, secret)
+
+    deployed.call_driver(handle.id)
+    deployed.work()
+    assert found(deployed, "history_refused") == [
+        f"flow {handle.id} of 'working': step 1 of the history is 'work', but the flow function came to 'upper'"
+    ]
+    assert handle.status() is FlowStatus.RUNNING
+    assert found(deployed, "history_refused") != []
 
 
 def test_work_that_kills_its_workers_is_found_and_so_is_what_was_given_up(bench: Bench) -> None:

@@ -131,7 +131,7 @@ def test_cleanup_cannot_wait_and_the_flow_still_ends_as_cancelled(bench: Bench) 
     bench.work()
 
     assert handle.status() is FlowStatus.CANCELLED
-    assert refused == ["step sleep: cannot wait: the flow is cancelled and cleans up"]
+    assert refused == ["step sleep: cannot wait: the flow cleans up"]
 
 
 def test_a_wait_that_was_reached_forgets_the_crashes_before_it(bench: Bench) -> None:

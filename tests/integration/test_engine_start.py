@@ -311,9 +311,9 @@ def test_a_flow_that_was_cancelled_has_no_result(bench: Bench) -> None:
 
 def test_unknown_definitions_are_left_alone_and_said(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     handle = doubling(bench).start(4)
-    known = bench.runtime.registry._definitions.pop("doubles")
+    [known] = bench.runtime.registry._definitions.pop("doubles").values()
     bench.drive(handle.id)
-    assert "no flow definition 'doubles' here" in caplog.text
+    assert "no flow definition 'doubles', version 1, here" in caplog.text
     [row] = bench.rows(handle.id)
     assert (row.worker, row.crash_count, row.publish_count) == (None, 0, 0)
     assert bench.claimable() == []  # offered again after a while, not at once

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from celery_flows import FlowFailed, FlowStatus, InvalidData, Run, StepFailed
-from celery_flows.tasks.run import run_id_of
+from celery_flows.tasks.replay import run_id_of
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
 

@@ -249,9 +249,7 @@ def test_an_event_that_is_there_beats_the_timeout_at_the_last_look(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time is up, but the event committed before the timeout was taken: the event is not lost to a timeout."""
-    flow = waiting_flow(bench, SHORT)
-    handle = flow.start("o-1")
-    bench.drive(handle.id)
+    handle = waiting_flow(bench, SHORT).start("o-1")
     taking = driving.Driver._take_timeout
 
     def emit_first(driver: Any, step: Any) -> bool:

@@ -4,6 +4,7 @@ end."""
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from celery_flows.store import dispatch
 from celery_flows.store.dispatch import StepClaim
 from celery_flows.tasks.runtime import claim_token, worker_token
 from celery_flows.worker.leases import Leases
-from celery_flows.worker.pools import keep_inputs_out_of_events, tell_of_lost_processes
+from celery_flows.worker.pools import keep_inputs_out_of_events, tell_of_processes
 from tests.support.bench import Bench
 
 
@@ -115,7 +116,8 @@ def test_the_end_hands_back_what_no_look_has_seen_and_nothing_of_the_living(benc
 
 def test_celerys_request_for_a_flow_tells_of_its_lost_process(bench: Bench) -> None:
     told: list[Any] = []
-    tell_of_lost_processes(bench.app, told.append)
+    too_slow: list[Any] = []
+    tell_of_processes(bench.app, told.append, too_slow.append)
     bench.app.finalize()
     for name in ("flows.drive", "flows.step"):
         task: Any = bench.app.tasks[name]
@@ -128,8 +130,12 @@ def test_celerys_request_for_a_flow_tells_of_its_lost_process(bench: Bench) -> N
                 info = ExceptionInfo()
             with pytest.raises(AttributeError):  # there is no message behind it
                 made.on_failure(info)
-        assert told == [made]
+        for soft in (True, False):
+            with suppress(AttributeError):
+                made.on_timeout(soft, 1.0)
+        assert (told, too_slow) == ([made], [made])
         told.clear()
+        too_slow.clear()
 
 
 def test_the_events_of_a_start_leave_its_input_out(bench: Bench) -> None:

@@ -10,7 +10,7 @@ from celery import Celery, Signature
 
 from celery_flows import FlowCancelled, Flows, Run, StepFailed, WaitTimedOut
 from celery_flows.store import dispatch
-from celery_flows.tasks.run import run_id_of
+from celery_flows.tasks.replay import run_id_of
 from tests.simulation.invariants import Observer
 from tests.simulation.world import Crash, SimulatedPublisher, SimulatedStopping, Violation, World, make_store
 

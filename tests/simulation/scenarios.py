@@ -9,7 +9,7 @@ from typing import Any
 
 from celery_flows import FlowError, FlowHandle, FlowStepStatus
 from celery_flows.tasks.drive import drive
-from celery_flows.tasks.run import run_id_of
+from celery_flows.tasks.replay import run_id_of
 from celery_flows.tasks.steps import Delivery, run_step
 from tests.simulation import flows as defined
 from tests.simulation.flows import flows

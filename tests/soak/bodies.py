@@ -10,7 +10,7 @@ from typing import Any
 from celery import Celery, Task
 
 from celery_flows import Run
-from celery_flows.tasks.run import run_id_of
+from celery_flows.tasks.replay import run_id_of
 from tests.soak.application import ELSEWHERE, FAILURES, HERE, RETRY_SECONDS, SHORT
 from tests.support.effects import EffectLog
 

@@ -18,7 +18,7 @@ from celery_flows import (
     WaitTimedOut,
 )
 from celery_flows.tasks import errors
-from celery_flows.tasks.run import Suspended
+from celery_flows.tasks.replay import Suspended
 
 FLOW = UUID(int=7)
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_flows import InvalidData
-from celery_flows.tasks.run import run_id_of, step_name
+from celery_flows.tasks.inline import step_name
+from celery_flows.tasks.replay import run_id_of
 from celery_flows.tasks.runtime import worker_token
 
 FLOW = UUID("01a20bf6-0bb1-76f5-b66c-89f0aaba3a44")

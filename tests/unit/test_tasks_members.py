@@ -11,6 +11,8 @@ from celery import Celery, chain, chord, group
 
 from celery_flows import InvalidData
 from celery_flows.tasks.members import codec_of, member_of, task_name
+from celery_flows.tasks.options import StepOptions
+from celery_flows.tasks.replay import Place
 
 LIMIT = 1000
 SECRET = "hunter2"
@@ -36,7 +38,8 @@ def count(*args: int, **kwargs: int) -> int:
 
 
 def member(app: Celery, signature: Any, **more: Any) -> Any:
-    return member_of(app, "run-1", 3, signature, LIMIT, **more)
+    options = more.pop("options", StepOptions())
+    return member_of(app, Place("run-1", signature.task, 3), signature, options, LIMIT, **more)
 
 
 def test_a_member_is_what_the_signature_says(app: Celery) -> None:

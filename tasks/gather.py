@@ -1,0 +1,190 @@
+"""Gather: several steps side by side, joined by counters in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Signature, Task
+
+from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
+from celery_flows.store.changes import Join, Member, StepWrite
+from celery_flows.tasks.children import ChildFlow, child_member
+from celery_flows.tasks.errors import FlowCancelled, StepFailed
+from celery_flows.tasks.inline import run_inline
+from celery_flows.tasks.members import codec_of, member_name, member_of
+from celery_flows.tasks.options import StepOptions, options_of
+from celery_flows.tasks.replay import Place, Replay
+
+Work = Signature[Any] | ChildFlow[Any] | Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """What a gather waits for."""
+
+    collects_failures: bool = False  # all are waited for, whatever they come to
+    first_only: bool = False  # the first success is enough
+    at_once: int | None = None  # so many are out at a time
+
+
+class Gather:
+    """One gather of a flow function, under this claim."""
+
+    def __init__(self, replay: Replay, options: StepOptions, works: Sequence[Work], how: How) -> None:
+        self._replay, self._driver = replay, replay.driver
+        self._options, self._works, self._how = options, works, how
+        if options.key and len(works) > 1:
+            raise InvalidData("step key", "is of one step, not of a gather")
+        if options.name and any(map(is_remote, works)):
+            raise InvalidData("step name", "is of plain functions: Celery steps and child flows have theirs")
+        if how.at_once is not None and (isinstance(how.at_once, bool) or how.at_once < 1):
+            raise InvalidData("gather limit", "must be a whole number from 1")
+        for work in works:
+            check_work(work)
+        self._places = [self._place(work) for work in works]
+        self._remote = [n for n, work in enumerate(works) if is_remote(work)]
+
+    def _place(self, work: Work) -> Place | None:
+        """Where a member stands that runs elsewhere; a plain function finds its own place."""
+        if not is_remote(work):
+            return None
+        return self._replay.place(member_name(work), self._options.key)  # type: ignore[arg-type]
+
+    def results(self) -> list[Any]:
+        """The results in order.
+
+        Raises:
+            StepFailed: the first of them, in order, that failed for good, unless failures are collected.
+        """
+        inline = {n: self._inline(work) for n, work in enumerate(self._works) if not is_remote(work)}
+        known = self._known()
+        has_failed = any(step is not None and step.status is FlowStepStatus.FAILED for step in known.values())
+        if has_failed and not self._how.collects_failures:
+            self._replay.outcome(self._first_failure(), None)
+        if any(step is None or not step.status.is_terminal for step in known.values()):
+            self._join(known)
+        return [inline[n] if n in inline else self._outcome(n, known[n]) for n in range(len(self._works))]
+
+    @property
+    def is_all_remote(self) -> bool:
+        """Whether there are members, and all of them run elsewhere."""
+        return 0 < len(self._remote) == len(self._works)
+
+    def first(self) -> Any:
+        """The result of the member that succeeded first. Which one that was is recorded, for later ones may look as
+        early. The others that nobody has begun are cancelled; those that run go on.
+
+        Raises:
+            StepFailed: all have failed; the last of them in order.
+        """
+        place = self._replay.place("first")
+        if (chosen := self._replay.find(place)) is not None:
+            winner = int(self._replay.outcome(chosen, None))
+        else:
+            winner = self._winner()
+            self._driver.cancel_idle_members()
+            step = StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position, result=str(winner))
+            self._driver.record(step, current_step=place.name)
+        return self._outcome(winner, self._known()[winner])
+
+    def _winner(self) -> int:
+        known = self._known()
+        good = [(step.updated_at, n) for n, step in known.items() if step and step.status is FlowStepStatus.SUCCEEDED]
+        if good:
+            return min(good)[1]
+        if any(step is None or not step.status.is_terminal for step in known.values()):
+            self._join(known)
+        self._replay.outcome(known[self._remote[-1]], None)
+        raise AssertionError("a member that is closed and has not succeeded has no result")
+
+    # ---- members ----
+
+    def _known(self) -> dict[int, FlowStep | None]:
+        return {n: self._replay.find(place) for n in self._remote if (place := self._places[n]) is not None}
+
+    def _inline(self, work: Any) -> Any:
+        try:
+            return run_inline(self._replay, self._options, work, (), {})
+        except StepFailed as failed:
+            if not self._how.collects_failures:
+                raise
+            return failed
+
+    def _outcome(self, n: int, step: FlowStep | None) -> Any:
+        try:
+            return self._replay.outcome(step, codec_of(self._driver.app, self._works[n]))  # type: ignore[arg-type]
+        except StepFailed as failed:
+            if not self._how.collects_failures:
+                raise
+            return failed
+
+    def _first_failure(self) -> FlowStep:
+        """Of a join that has failed, the first member that did, once all are closed: what handles the failure must not
+        run beside members, and which failure is told must not depend on when it is asked."""
+        if any(step is not None and not step.status.is_terminal for step in self._known().values()):
+            self._driver.settle_members()
+        members = [step for step in self._known().values() if step is not None]
+        failed = [step for step in members if step.status is FlowStepStatus.FAILED]
+        # Children that were cancelled because of the failure are not the failure.
+        of_themselves = (step for step in failed if (step.error_json or {}).get("type") != FlowCancelled.__name__)
+        return next(of_themselves, failed[0])
+
+    # ---- the join ----
+
+    def _join(self, known: dict[int, FlowStep | None]) -> None:
+        """Schedules the members that may be out now, and suspends the flow until enough of them are closed."""
+        missing = [n for n, step in known.items() if step is None]
+        self._replay.begin()
+        is_out = sum(step is not None and not step.status.is_terminal for step in known.values())
+        room = len(missing) if self._how.at_once is None else max(0, self._how.at_once - is_out)
+        members = [self._member(n) for n in missing[:room]]
+        is_out += len(members)
+        good, bad = self._wanted(is_out, left=len(missing) - len(members))
+        # Members of one gather are one group, however many times some are scheduled: a wake that came since the claim
+        # is not lost, for once the counters are met each further completion is a wake.
+        goes_on = any(step is not None for step in known.values())
+        join = Join(self._driver.join_group + (not goes_on), good, bad)
+        cleanup = self._replay.cleaning
+        self._replay.tell_once(lambda: self._driver.join(members, join, cleanup=cleanup))
+
+    def _wanted(self, out: int, *, left: int) -> tuple[int, int]:
+        """Of ``out`` members: how many successes, or more than how many failures, call the driver. With more of them
+        ``left`` it is called a few at a time, so that always about as many are out as may be."""
+        enough = max(1, out // 4) if left else out
+        if self._how.first_only:
+            return 1, out - 1
+        return enough, (enough - 1 if left else out) if self._how.collects_failures else 0
+
+    def _member(self, n: int) -> Member:
+        work, place, cleanup = self._works[n], self._places[n], self._replay.cleaning
+        assert place is not None
+        if isinstance(work, ChildFlow):
+            if self._options.retry is not None:
+                raise InvalidData("step retry", "is not of child flows: their own steps are tried again")
+            deadline = None if self._options.timeout is None else self._driver.now() + self._options.timeout
+            return child_member(self._driver.flow, place, work, deadline, cleanup=cleanup)
+        assert isinstance(work, Signature)
+        options = self._options.over(options_of(_function(self._driver.app, work))).over(self._driver.defaults)
+        return member_of(self._driver.app, place, work, options, self._driver.max_payload_bytes, cleanup=cleanup)
+
+
+def is_remote(work: Work) -> bool:
+    """Whether it runs elsewhere: a Celery task or a flow of its own."""
+    return isinstance(work, Signature | ChildFlow)
+
+
+def check_work(work: Any) -> None:
+    """Says nothing if it can be a member of a gather.
+
+    Raises:
+        InvalidData: it cannot.
+    """
+    if isinstance(work, Task) or not (is_remote(work) or callable(work)):
+        kind = type(work).__name__ if not isinstance(work, Task) else "a bare task"
+        raise InvalidData("gather", f"takes task.s(…), flow.s(…) and functions without arguments, not {kind}")
+
+
+def _function(app: Any, work: Any) -> Any:
+    return getattr(app.tasks.get(work.task), "run", None)

@@ -1,0 +1,148 @@
+"""Inline steps: plain functions that run in the driver's process, attempt by attempt, and are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from celery_flows.store import FlowStep, FlowStepStatus
+from celery_flows.store.changes import StepWrite
+from celery_flows.store.models import new_id
+from celery_flows.store.validation import check_name
+from celery_flows.tasks.errors import StepTimedOut, failure_of
+from celery_flows.tasks.options import StepOptions, options_of
+from celery_flows.tasks.payloads import describe, read_back, result_codec
+from celery_flows.tasks.replay import Place, Replay, Suspended
+from celery_flows.tasks.retry import NEVER
+from celery_flows.tasks.timeout import TimeIsUp, time_limit
+
+if TYPE_CHECKING:
+    from celery_flows.tasks.drive import Driver
+
+RETRY_AT = "retry_at"  # in the error of the last attempt: when the next one may begin
+
+
+def run_inline(
+    replay: Replay, options: StepOptions, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Runs a plain function as a step, or reads back what it came to.
+
+    Raises:
+        StepFailed: it failed for good.
+    """
+    options = options.over(options_of(work)).over(replay.driver.defaults)
+    place = replay.place(options.name or step_name(work), options.key)
+    known = replay.find(place)
+    codec = result_codec(work)
+    if known is not None and known.status.is_terminal:
+        return replay.outcome(known, codec)
+    what = f"result of step {place.name}"
+
+    def body() -> str:
+        with replay.inside(place.name), time_limit(options.seconds):
+            value = work(*args, **kwargs)
+        return codec.encode(what, value, replay.driver.max_payload_bytes)
+
+    result = Attempts(replay, place, options, known).make(body)
+    return codec.decode(what, read_back(result))
+
+
+class Attempts:
+    """The attempts of one inline step under this claim."""
+
+    def __init__(self, replay: Replay, place: Place, options: StepOptions, known: FlowStep | None) -> None:
+        self._replay, self._place, self._known = replay, place, known
+        self._driver: Driver = replay.driver
+        self._rule = NEVER if options.retry is None else options.retry.rule()
+        self._timeout = options.seconds
+        self._id = new_id() if known is None else known.id
+        self.attempt = 1 if known is None else known.attempt
+
+    def make(self, body: Callable[[], str]) -> str:
+        """Makes attempts until one succeeds, and records its result, which is JSON text.
+
+        Raises:
+            StepFailed: the last one failed.
+        """
+        return self.until_done(lambda began: self._record(body(), began))
+
+    def until_done(self, attempt: Callable[[float], str]) -> str:
+        """Makes attempts until one, which records its own result, succeeds; records the failures.
+
+        Raises:
+            StepFailed: the last one failed.
+        """
+        if self._known is not None and (at := retry_at(self._known)) is not None:
+            self._replay.begin()
+            self._driver.wait_until(at)
+        while True:
+            self._replay.begin()
+            self._driver.check_lease()
+            began = self._driver.clock()
+            try:
+                return attempt(began)
+            except Suspended:
+                raise
+            except (Exception, TimeIsUp) as raised:
+                self._failed(raised, began)
+            except (
+                BaseException
+            ) as error:  # it ends more than the step: whatever the flow does about it, nothing follows
+                self._driver.interrupt(error)
+                raise
+
+    def _record(self, result: str, began: float) -> str:
+        self._driver.record(self.written(FlowStepStatus.SUCCEEDED, began, result=result), current_step=self._place.name)
+        return result
+
+    def _failed(self, raised: BaseException, began: float) -> None:
+        if isinstance(raised, TimeIsUp):
+            raised = timed_out(self._place.name, self._timeout)
+        error = raised_as(raised)
+        pause = self._rule.pause_after(self.attempt, raised)
+        if pause is None:
+            failed = self.written(FlowStepStatus.FAILED, began, error=error)
+            self._driver.record(failed, current_step=self._place.name)
+            raise failure_of(self._place.name, error) from raised
+        self.attempt += 1
+        self._driver.retry(self.written(FlowStepStatus.PENDING, began, error=error), pause)
+
+    def written(self, status: FlowStepStatus, began: float, **outcome: Any) -> StepWrite:
+        """The step's row after an attempt that began at ``began`` by the driver's clock."""
+        return StepWrite(
+            self._place.run_id,
+            self._place.name,
+            status,
+            self._place.position,
+            self.attempt,
+            elapsed_us=int((self._driver.clock() - began) * 1_000_000),
+            id=self._id,
+            **outcome,
+        )
+
+
+def raised_as(error: BaseException) -> dict[str, Any]:
+    """What history keeps of what an attempt raised."""
+    if isinstance(error, StepTimedOut):
+        return {"type": error.type, "message": error.message}
+    return describe(error)
+
+
+def timed_out(step: str, seconds: float | None) -> StepTimedOut:
+    """What an attempt failed with that took too long."""
+    told = "took too long" if seconds is None else f"took longer than {seconds:g} s"
+    return StepTimedOut(step, StepTimedOut.__name__, told)
+
+
+def retry_at(step: FlowStep) -> datetime | None:
+    """When the next attempt of a step that is tried again may begin."""
+    text = (step.error_json or {}).get(RETRY_AT)
+    return None if text is None else datetime.fromisoformat(text)
+
+
+def step_name(work: Callable[..., Any]) -> str:
+    """The name an inline step goes by: its function's."""
+    inner = getattr(work, "func", work)  # functools.partial
+    name = getattr(inner, "__name__", type(inner).__name__)
+    return check_name("step", name)

@@ -1,0 +1,144 @@
+"""Replay: one run of a flow function from its top. Which step is which, and what history has of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from uuid import UUID, uuid5
+
+from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
+from celery_flows.tasks.errors import FlowCancelled, HistoryMismatch, failure_of
+from celery_flows.tasks.payloads import Codec
+
+if TYPE_CHECKING:
+    from celery_flows.tasks.drive import Driver
+    from celery_flows.tasks.undo import Undo
+
+T = TypeVar("T")
+
+
+class Suspended(BaseException):
+    """Unwinds a flow function that waits or lost its lease; another claim goes on. Not an Exception, so that the
+    function's own ``except Exception`` lets it pass."""
+
+
+class Place(NamedTuple):
+    """Where in its flow a step stands: the same in every run of the function."""
+
+    run_id: str
+    name: str
+    position: int  # from 1
+
+
+class Replay:
+    """The state of one run of a flow function, shared by all that :class:`Run` does for it."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.undos: list[Undo] = []
+        self.cleaning = False  # the flow was told that it is cancelled, or past its deadline; or it has failed
+        self._inside: str | None = None  # the step that is running now
+        self._counts: dict[str, int] = {}
+        self._reached: set[str] = set()
+
+    @property
+    def flow_id(self) -> UUID:
+        return self.driver.flow.id
+
+    # ---- identity ----
+
+    def place(self, name: str, key: str | None = None) -> Place:
+        """The next step of this name: known by how many there were before, or by its key.
+
+        Raises:
+            InvalidData: it is taken inside another step, or the key was used before.
+        """
+        if self._inside is not None:
+            raise InvalidData(f"step {name}", f"was taken inside step {self._inside}; steps do not nest")
+        run_id = run_id_of(self.flow_id, name, self.count(name)) if key is None else run_id_by(self.flow_id, name, key)
+        if run_id in self._reached:
+            raise InvalidData(f"step {name}", "has a key that an earlier step of this name has")
+        self._reached.add(run_id)
+        return Place(run_id, name, len(self._reached))
+
+    def count(self, name: str) -> int:
+        """How often this name has come by now, from 1."""
+        self._counts[name] = self._counts.get(name, 0) + 1
+        return self._counts[name]
+
+    def find(self, place: Place) -> FlowStep | None:
+        """What history has of this step. Where it has another one in that place, which the function has not come to,
+        the function is not the one that history was made by, and does not go on."""
+        known = self.driver.history.get(place.run_id)
+        if known is None:
+            other = self.driver.recorded_at(place.position)
+            if other is not None and other.run_id not in self._reached:
+                self.driver.refuse_history(HistoryMismatch(other.task, place.name, place.position))
+        return known
+
+    def finish(self) -> None:
+        """The function has ended: it must have come to all that history has."""
+        for step in self.driver.history.values():
+            if step.position and step.run_id not in self._reached:
+                self.driver.refuse_history(HistoryMismatch(step.task, "the end", step.position))
+
+    # ---- going on ----
+
+    def begin(self) -> None:
+        """Called before anything new happens, or a wait is taken up again: here a flow is told, once, that it is
+        cancelled or past its deadline."""
+        if (told := self.driver.must_stop(cleaning=self.cleaning)) is not None:
+            self.cleaning = True
+            raise told
+
+    def tell_once(self, go_on: Callable[[], T]) -> T:
+        """Goes on; a cancel that comes in the moment before tells the flow too, so what follows is cleanup."""
+        try:
+            return go_on()
+        except FlowCancelled:
+            self.cleaning = True
+            raise
+
+    def refuse_in_cleanup(self, name: str) -> None:
+        """Waits are no part of cleaning up.
+
+        Raises:
+            InvalidData: the flow cleans up.
+        """
+        if self.cleaning:
+            raise InvalidData(f"step {name}", "cannot wait: the flow cleans up")
+
+    @contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """While the step's own code runs."""
+        self.driver.runtime.before_body(name)
+        self._inside = name
+        try:
+            yield
+        finally:
+            self._inside = None
+
+    def outcome(self, step: FlowStep | None, codec: Codec | None) -> Any:
+        """What a closed step came to: its result, or what it raised.
+
+        Raises:
+            StepFailed, FlowCancelled
+        """
+        assert step is not None
+        if step.status is FlowStepStatus.SUCCEEDED:
+            return step.result_json if codec is None else codec.decode(f"result of step {step.task}", step.result_json)
+        if step.status is FlowStepStatus.CANCELLED:
+            self.cleaning = True
+            raise FlowCancelled(self.flow_id)
+        raise failure_of(step.task, step.error_json)
+
+
+def run_id_of(flow_id: UUID, name: str, count: int) -> str:
+    """The run id of the ``count``-th step of this name: the same in every run of this flow."""
+    return str(uuid5(flow_id, f"{name}#{count}"))
+
+
+def run_id_by(flow_id: UUID, name: str, key: str) -> str:
+    """The run id of the step of this name and key."""
+    return str(uuid5(uuid5(flow_id, name), key))

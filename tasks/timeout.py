@@ -1,0 +1,57 @@
+"""A bound on how long a step may take: an interrupt where the process allows one, a verdict afterwards where not."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from celery_flows.store.clock import boottime
+
+
+class TimeIsUp(BaseException):
+    """Unwinds a step that takes too long. Not an Exception, so that its own ``except Exception`` lets it pass."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Bounds what runs inside.
+
+    In a process's main thread (the prefork and solo pools) it is interrupted, by SIGALRM; native code that does not
+    return to Python is interrupted when it does. Elsewhere (the threads pool) nothing can be interrupted, and neither
+    can what swallows the interrupt: it is judged when it ends.
+
+    Raises:
+        TimeIsUp: it took longer.
+    """
+    if seconds is None:
+        yield
+        return
+    began = boottime()
+    if threading.current_thread() is threading.main_thread():
+        with _alarm(seconds):
+            yield
+    else:
+        yield
+    if boottime() - began > seconds:
+        raise TimeIsUp
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    armed = True
+
+    def interrupt(_signal: int, _frame: Any) -> None:
+        if armed:
+            raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+    try:
+        yield
+    finally:
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,67 @@
+"""Transactional steps: what a function writes through its session commits with the step's record, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from celery_flows.store import FlowStepStatus
+from celery_flows.store.changes import StepWrite
+from celery_flows.store.script import is_conflict, is_lost
+from celery_flows.tasks.inline import Attempts, step_name
+from celery_flows.tasks.options import StepOptions, options_of
+from celery_flows.tasks.payloads import read_back, result_codec
+from celery_flows.tasks.replay import Replay
+from celery_flows.tasks.timeout import time_limit
+
+
+class Raised(Exception):
+    """Carries a function's own database error past the store, which would take it for its own."""
+
+    def __init__(self, error: SQLAlchemyError) -> None:
+        self.error = error
+
+
+def run_transaction(
+    replay: Replay, options: StepOptions, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Runs a function in a transaction that commits with its record, or reads back what it came to.
+
+    Raises:
+        StepFailed: it failed for good; nothing of it was written.
+    """
+    driver = replay.driver
+    options = options.over(options_of(work)).over(driver.defaults)
+    place = replay.place(options.name or step_name(work), options.key)
+    known = replay.find(place)
+    codec = result_codec(work)
+    if known is not None and known.status.is_terminal:
+        return replay.outcome(known, codec)
+    what = f"result of step {place.name}"
+    attempts = Attempts(replay, place, options, known)
+
+    def write(connection: Connection, began: float) -> StepWrite:
+        # Its commits and rollbacks are of a savepoint: the transaction is the step's.
+        session = Session(connection, join_transaction_mode="create_savepoint")
+        try:
+            with session, replay.inside(place.name), time_limit(options.seconds):
+                value = work(session, *args, **kwargs)
+                session.commit()
+        except SQLAlchemyError as error:
+            if is_conflict(error) or is_lost(error):
+                raise
+            raise Raised(error) from error
+        result = codec.encode(what, value, driver.max_payload_bytes)
+        return attempts.written(FlowStepStatus.SUCCEEDED, began, result=result)
+
+    def attempt(began: float) -> str:
+        try:
+            return driver.transact(lambda connection: write(connection, began))
+        except Raised as raised:
+            raise raised.error from None
+
+    return codec.decode(what, read_back(attempts.until_done(attempt)))

@@ -1,0 +1,76 @@
+"""Waits as steps: a timer, or an external event. None of them holds a worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+from celery_flows.store import FlowStep, FlowStepStatus
+from celery_flows.store.changes import StepWrite
+from celery_flows.store.waits import ExternalEventWait, TimerWait
+from celery_flows.tasks.errors import WaitTimedOut
+from celery_flows.tasks.replay import Place, Replay
+
+WAIT_TIMED_OUT = WaitTimedOut.__name__
+
+
+def sleep(replay: Replay, until: Callable[[], datetime]) -> None:
+    """Waits until a time that is asked for once, and recorded."""
+    place = replay.place("sleep")
+    known, driver = replay.find(place), replay.driver
+    if known is not None and known.status.is_terminal:
+        replay.outcome(known, None)
+        return
+    replay.begin()
+    at = until() if known is None else datetime.fromisoformat(known.args_json["at"])
+    if known is None:
+        driver.check_horizon(at)
+    step = _wait_step(place, {"at": at.isoformat()}, known)
+    if driver.now() >= at:
+        driver.record(_closed(step, FlowStepStatus.SUCCEEDED), current_step="sleep")
+    else:
+        replay.refuse_in_cleanup("sleep")
+        replay.tell_once(lambda: driver.wait(TimerWait(at=at, run_id=place.run_id), step))
+
+
+def wait_for(replay: Replay, name: str, topic: str, correlation_id: str, timeout: timedelta | None) -> Any:
+    """Waits for an external event, and gives its payload.
+
+    Raises:
+        WaitTimedOut: it did not come in time.
+    """
+    place = replay.place(name)
+    known = replay.find(place)
+    if known is None or not known.status.is_terminal:
+        replay.begin()
+        wait = _external_wait(replay, topic, correlation_id, timeout, place.run_id, known)
+        step = _wait_step(place, wait.model_dump(mode="json", exclude={"kind", "run_id"}), known)
+        replay.refuse_in_cleanup(name)
+        known = replay.tell_once(lambda: replay.driver.wait_for_event(wait, step))
+    if known.status is FlowStepStatus.FAILED and (known.error_json or {}).get("type") == WAIT_TIMED_OUT:
+        raise WaitTimedOut(topic, correlation_id)
+    return replay.outcome(known, None)
+
+
+def _external_wait(
+    replay: Replay, topic: str, correlation_id: str, timeout: timedelta | None, run_id: str, known: FlowStep | None
+) -> ExternalEventWait:
+    if known is not None:
+        timeout_at = known.args_json.get("timeout_at")
+    else:
+        timeout_at = None if timeout is None else replay.driver.now() + timeout
+        if timeout_at is not None:
+            replay.driver.check_horizon(timeout_at)
+    return ExternalEventWait(topic=topic, correlation_id=correlation_id, timeout_at=timeout_at, run_id=run_id)
+
+
+def _wait_step(place: Place, args: dict[str, Any], known: FlowStep | None) -> StepWrite:
+    # A wait that is taken up again tells of the row that is there: same id, same position.
+    same = {"position": place.position} if known is None else {"position": known.position, "id": known.id}
+    return StepWrite(place.run_id, place.name, FlowStepStatus.RUNNING, args=json.dumps(args), **same)
+
+
+def _closed(step: StepWrite, status: FlowStepStatus) -> StepWrite:
+    return StepWrite(step.run_id, step.task, status, step.position, args=step.args, id=step.id)
