@@ -35,7 +35,8 @@ class Leases:
         self._seen: dict[str, int] = {}  # token → pid, as of the last look
         self._dead: dict[str, int] = {}  # token → looks left; a row that somebody has locked is asked for again
         self._reported: deque[dict[str, int]] = deque()  # by other threads
-        self._too_slow: deque[str] = deque()  # tokens of processes that are ended for taking too long
+        self._timed_out: deque[dict[str, int]] = deque()  # the same
+        self._ending: dict[str, int] = {}  # token → pid: being ended for taking too long
         self._renewed_at = boottime()
 
     def keep(self) -> None:
@@ -57,15 +58,13 @@ class Leases:
 
     def timed_out(self, request: Any) -> None:
         """Celery is about to end the process of this request, for its hard time limit has passed. Never waits."""
-        held = held_by([request])
-        self._reported.append(held)
-        self._too_slow.extend(held)
+        self._timed_out.append(held_by([request]))
 
     def _time_out(self) -> None:
         """The steps of processes that were ended for taking too long have timed out; they did not crash."""
-        for token in [token for token in self._too_slow if token in self._dead]:
+        for token in self._dead.keys() & self._ending.keys():
             time_out(self._runtime, token)
-            self._too_slow.remove(token)
+            del self._ending[token]
 
     def are_held_here(self) -> bool:
         """Whether this process itself is at work, in threads."""
@@ -82,7 +81,9 @@ class Leases:
         before = dict(self._seen)
         while self._reported:
             before |= self._reported.popleft()
-        current = held_by(state.active_requests)
+        while self._timed_out:
+            self._ending |= self._timed_out.popleft()
+        current = {**held_by(state.active_requests), **self._ending}  # Celery is done with those
         dead = {token for token, pid in {**before, **current}.items() if not is_alive(pid)}
         self._dead |= dict.fromkeys(dead, LOOKS_FOR_THE_DEAD)
         self._seen = {token: pid for token, pid in current.items() if token not in dead}

@@ -201,7 +201,7 @@ def test_the_first_success_is_the_result_and_the_others_are_cancelled(bench: Ben
     halve = halving(bench)
 
     @bench.flows.flow("races")
-    def races(run: Run) -> int:
+    def races(run: Run) -> Any:
         return run.first([halve.s(n) for n in (1, 20, 30, 40)])
 
     handle = races.start()
@@ -242,7 +242,7 @@ def test_when_all_fail_so_does_the_race(bench: Bench) -> None:
     halve = halving(bench)
 
     @bench.flows.flow("races")
-    def races(run: Run) -> int:
+    def races(run: Run) -> Any:
         return run.first([halve.s(n) for n in (1, 3, 5)])
 
     with pytest.raises(FlowFailed, match="5 is odd"):

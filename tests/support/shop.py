@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -16,7 +17,7 @@ import sqlalchemy as sa
 from celery import Celery, Task, signals
 from pydantic import BaseModel
 
-from celery_flows import FlowDefinition, Flows, Run, StepFailed
+from celery_flows import FlowDefinition, Flows, Retry, Run, StepFailed, StepTimedOut
 from celery_flows.store import SqlFlowStore
 from celery_flows.store.clock import boottime
 from celery_flows.store.engines import make_engine
@@ -54,6 +55,7 @@ class Shop:
     private: FlowDefinition[str, str]
     retried: FlowDefinition[str, str]
     undone: FlowDefinition[str, None]
+    bounded: FlowDefinition[str, list[str]]
     greet: Task[Any, None]
 
     @property
@@ -135,6 +137,20 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
             raise self.retry(countdown=0)
         return text
 
+    @app.task(name="shop.dawdle", shared=False, time_limit=1)
+    def dawdle() -> str:
+        """Hangs at its first attempt, deaf to everything but the end of its process."""
+        effects.append("dawdle")
+        if effects.counts()["dawdle"] == 1:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM, signal.SIGTERM, signal.SIGUSR1})
+            time.sleep(HOLD_SECONDS)
+        return "dawdled"
+
+    def oversleep(seconds: float) -> str:
+        effects.append("oversleep")
+        time.sleep(seconds)
+        return "overslept"
+
     @app.task(name="shop.greet", shared=False)
     def greet(name: str) -> None:
         effects.append(f"hello {name}")
@@ -215,9 +231,21 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
         finally:
             run.step(note, f"{text} undone")
 
+    @flows.flow("shop/bounded")
+    def bounded(run: Run, kind: str) -> list[str]:
+        """Each of its steps takes longer than it may."""
+        told = []
+        try:
+            told.append(run.options(timeout=timedelta(milliseconds=300)).step(oversleep, 1.0))
+        except StepTimedOut as late:
+            told.append(late.message)
+        if kind == "processes":
+            told.append(run.options(retry=Retry(2, initial=timedelta(milliseconds=10))).step(dawdle))
+        return told
+
     return Shop(
         app, flows, effects, fulfil, held_step, held_inline, many_inline, delayed, swollen, private, retried, undone,
-        greet,
+        bounded, greet,
     )  # fmt: skip
 
 

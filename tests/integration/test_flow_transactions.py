@@ -1,0 +1,240 @@
+"""A transactional step: what it writes commits with its record, exactly once, whatever crashes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from celery_flows import FlowFailed, InvalidData, Retry, Run, StepFailed, StepTimedOut
+from celery_flows.store.engines import make_engine
+from tests.integration.conftest import MakeBench
+from tests.support.bench import Bench
+from tests.support.faults import Died, MortalStore, Strikes
+
+MOST_CALLS = 40
+
+metadata = sa.MetaData()
+accounts = sa.Table(
+    "test_accounts", metadata, sa.Column("name", sa.Text, primary_key=True), sa.Column("cents", sa.Integer)
+)
+
+
+@pytest.fixture(autouse=True)
+def application_tables(engine_database: str) -> Iterator[None]:
+    """The application's own table, in the store's database."""
+    engine = make_engine(engine_database)
+    metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(sa.insert(accounts).values([{"name": "a", "cents": 100}, {"name": "b", "cents": 0}]))
+    yield
+    metadata.drop_all(engine)
+    engine.dispose()
+
+
+def move(session: Session, cents: int) -> str:
+    """Moves money from a to b."""
+    for name, change in (("a", -cents), ("b", cents)):
+        session.execute(sa.update(accounts).where(accounts.c.name == name).values(cents=accounts.c.cents + change))
+    return f"moved {cents}"
+
+
+def balances(bench: Bench) -> dict[str, int]:
+    return {row.name: row.cents for row in bench.query(sa.select(accounts))}
+
+
+def moving(bench: Bench) -> Any:
+    @bench.flows.flow("moves money")
+    def moves(run: Run, cents: int) -> str:
+        return run.transaction(move, cents)
+
+    return moves
+
+
+def test_what_it_writes_commits_with_its_record(bench: Bench) -> None:
+    handle = moving(bench).start(30)
+    assert bench.finish(handle) == "moved 30"
+    assert balances(bench) == {"a": 70, "b": 30}
+    assert bench.kinds(handle.id) == ["created", "started", "step_succeeded", "finished"]
+
+
+def test_a_failure_writes_nothing(bench: Bench) -> None:
+    def fails(session: Session) -> None:
+        move(session, 10)
+        raise LookupError("no")
+
+    @bench.flows.flow("fails")
+    def flow(run: Run) -> str:
+        with pytest.raises(StepFailed, match="LookupError: no"):
+            run.transaction(fails)
+        return "went on"
+
+    assert bench.finish(flow.start()) == "went on"
+    assert balances(bench) == {"a": 100, "b": 0}
+
+
+def test_the_databases_refusal_is_the_steps_failure(bench: Bench) -> None:
+    def twice(session: Session) -> None:
+        session.execute(sa.insert(accounts).values(name="a", cents=1))
+
+    @bench.flows.flow("twice")
+    def flow(run: Run) -> str:
+        try:
+            run.transaction(twice)
+        except StepFailed as failed:
+            return failed.type
+        return ""
+
+    assert bench.finish(flow.start()) == IntegrityError.__name__
+
+
+def test_it_is_tried_again_from_the_start(bench: Bench) -> None:
+    def fails_once(session: Session) -> str:
+        bench.effects.append("ran")
+        told = move(session, 10)
+        if len(bench.effects) == 1:
+            raise ConnectionError
+        return told
+
+    @bench.flows.flow("again")
+    def flow(run: Run) -> str:
+        return run.options(retry=Retry(2, initial=timedelta(milliseconds=1))).transaction(fails_once)
+
+    assert bench.finish(flow.start()) == "moved 10"
+    assert balances(bench) == {"a": 90, "b": 10}
+
+
+def test_its_own_commit_and_rollback_are_of_a_savepoint(bench: Bench) -> None:
+    def rolls_back_in_between(session: Session) -> str:
+        move(session, 10)
+        session.rollback()
+        told = move(session, 5)
+        session.commit()
+        return told
+
+    @bench.flows.flow("savepoints")
+    def flow(run: Run) -> str:
+        return run.transaction(rolls_back_in_between)
+
+    assert bench.finish(flow.start()) == "moved 5"
+    assert balances(bench) == {"a": 95, "b": 5}
+
+
+def test_a_commit_of_its_own_is_undone_by_its_failure(bench: Bench) -> None:
+    def commits_and_fails(session: Session) -> None:
+        move(session, 10)
+        session.commit()
+        raise LookupError
+
+    @bench.flows.flow("fails")
+    def flow(run: Run) -> None:
+        run.transaction(commits_and_fails)
+
+    with pytest.raises(FlowFailed):
+        bench.finish(flow.start())
+    assert balances(bench) == {"a": 100, "b": 0}
+
+
+def test_a_change_of_the_flow_in_between_has_it_run_again(bench: Bench) -> None:
+    """The flow's revision moves while the function runs: its writes are rolled back, and made anew."""
+
+    def watched(session: Session, flow_id: Any) -> str:
+        bench.effects.append("ran")
+        if len(bench.effects) == 1 and bench.store.engine.dialect.name == "postgresql":
+            bench.flows.manager.update_state(flow_id, {"seen": True})
+        return move(session, 10)
+
+    @bench.flows.flow("watched")
+    def flow(run: Run) -> str:
+        return run.transaction(watched, run.flow_id)
+
+    handle = flow.start()
+    assert bench.finish(handle) == "moved 10"
+    assert balances(bench) == {"a": 90, "b": 10}
+    if bench.store.engine.dialect.name == "postgresql":  # SQLite's one writer lets nobody in between
+        assert bench.effects == ["ran", "ran"]
+        assert handle.state() == {"seen": True}
+
+
+def test_it_has_its_time(bench: Bench) -> None:
+    def dawdles(session: Session) -> None:
+        move(session, 10)
+        time.sleep(60)
+
+    @bench.flows.flow("dawdles")
+    def flow(run: Run) -> str:
+        with pytest.raises(StepTimedOut):
+            run.options(timeout=timedelta(milliseconds=50)).transaction(dawdles)
+        return "went on"
+
+    assert bench.finish(flow.start()) == "went on"
+    assert balances(bench) == {"a": 100, "b": 0}
+
+
+def test_a_result_that_cannot_be_json_writes_nothing(bench: Bench) -> None:
+    def bad(session: Session) -> Any:
+        move(session, 10)
+        return object()
+
+    @bench.flows.flow("bad")
+    def flow(run: Run) -> None:
+        run.transaction(bad)
+
+    with pytest.raises(FlowFailed, match=InvalidData.__name__):
+        bench.finish(flow.start())
+    assert balances(bench) == {"a": 100, "b": 0}
+
+
+@pytest.mark.parametrize("strikes", list(Strikes))
+def test_it_takes_effect_once_under_a_fault_at_every_call(make_bench: MakeBench, strikes: Strikes) -> None:
+    survivor = make_bench()
+    moves = moving(survivor)
+    struck: list[str] = []
+    for at in range(1, MOST_CALLS):
+        store = MortalStore(make_engine(survivor.url))
+        bench = make_bench(store=store)
+        mortal_moves = moving(bench)
+        store.strike(at, strikes)
+        with suppress(Died):
+            bench.finish(mortal_moves.start(1, key=str(at)))
+        store.close()
+        if store.struck is None:
+            break
+        struck.append(store.struck)
+        handle = moves.start(1, key=str(at))
+        survivor.recover()
+        assert survivor.finish(handle) == "moved 1"
+        assert balances(survivor) == {"a": 100 - at, "b": at}, f"{strikes} at {store.struck}"
+    else:
+        raise AssertionError(f"the flow makes more than {MOST_CALLS} calls: {struck}")
+    assert {"create_flow", "claim_drive", "change_made", "change_flow"} <= set(struck)
+
+
+def test_it_takes_effect_once_under_a_death_within(make_bench: MakeBench) -> None:
+    def dies_once(session: Session, cents: int) -> str:
+        told = move(session, cents)
+        bench.effects.append("wrote")
+        if len(bench.effects) == 1:
+            raise Died
+        return told
+
+    bench = make_bench()
+
+    @bench.flows.flow("dies")
+    def flow(run: Run) -> str:
+        return run.transaction(dies_once, 10)
+
+    handle = flow.start()
+    with pytest.raises(Died):
+        bench.work()
+    bench.recover()
+    assert bench.finish(handle) == "moved 10"
+    assert bench.effects == ["wrote", "wrote"]
+    assert balances(bench) == {"a": 90, "b": 10}

@@ -1,0 +1,158 @@
+"""A flow goes on with the function it began with; where that is not here, it is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from celery_flows import FlowStatus, HistoryMismatch, InvalidData, Run
+from tests.integration.conftest import MakeBench
+from tests.support.bench import Bench
+
+
+def first_version(run: Run) -> str:
+    run.step(str.lower, "ONE")
+    run.wait_for("go", "on")
+    return run.step(str.lower, "END")
+
+
+def second_version(run: Run) -> str:
+    run.step(str.upper, "one")
+    run.step(str.title, "two")
+    run.wait_for("go", "on")
+    return run.step(str.upper, "end")
+
+
+def test_a_flow_goes_on_with_the_version_it_began_with(make_bench: MakeBench) -> None:
+    before = make_bench()
+    old = before.flows.flow("grows")(first_version).start()
+    before.work()
+
+    after = make_bench()
+    after.flows.flow("grows")(first_version)
+    grown = after.flows.flow("grows", version=2)(second_version)
+    new = grown.start()
+    after.work()
+    for _ in "old", "new":
+        after.flows.emit("go", "on")
+    assert (after.finish(after.flows.handle(old.id)), after.finish(new)) == ("end", "END")
+    assert (old.get().definition_version, new.get().definition_version) == (1, 2)
+
+
+def test_a_flow_of_a_version_that_is_not_here_waits(make_bench: MakeBench, caplog: pytest.LogCaptureFixture) -> None:
+    before, after = make_bench(), make_bench()
+    handle = before.flows.flow("grows")(first_version).start()
+    after.flows.flow("grows", version=2)(second_version)
+    after.drive(handle.id)
+    assert "no flow definition 'grows', version 1, here" in caplog.text
+    [row] = before.rows(handle.id)
+    assert (row.worker, row.crash_count) == (None, 0)
+    assert before.claimable() == []
+
+
+def test_a_child_begins_with_the_latest_version(bench: Bench) -> None:
+    bench.flows.flow("child")(lambda run: "old")
+    child = bench.flows.flow("child", version=3)(lambda run: "new")
+
+    @bench.flows.flow("parent")
+    def parent(run: Run) -> Any:
+        return run.flow(child)
+
+    assert bench.finish(parent.start()) == "new"
+
+
+def test_a_function_that_comes_to_another_step_is_refused_and_harms_nothing(
+    make_bench: MakeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = make_bench()
+    old = before.flows.flow("grows")(first_version)
+    handle = old.start()
+    before.work()
+
+    changed = make_bench()
+    changed.flows.flow("grows")(second_version)
+    changed.call_driver(handle.id)
+    changed.work()
+    assert str(HistoryMismatch("lower", "upper", 1)) in caplog.text
+    flow = handle.get()
+    assert (flow.status, flow.error_json and flow.error_json["type"]) == (FlowStatus.RUNNING, "HistoryMismatch")
+    revision = flow.revision
+    changed.pass_time()
+    changed.work()
+    assert handle.get().revision == revision + 1  # the claim alone: what is known is not told again
+
+    before.pass_time()
+    before.flows.emit("go", "on")
+    assert before.finish(handle) == "end"
+    assert handle.get().error_json is None
+    assert before.kinds(handle.id).count("history_refused") == 1
+
+
+def test_so_is_one_that_ends_before_what_is_recorded(make_bench: MakeBench) -> None:
+    before = make_bench()
+    handle = before.flows.flow("shrinks")(first_version).start()
+    before.work()
+    shorter = make_bench()
+    shorter.flows.flow("shrinks")(lambda run: "nothing to do")
+    shorter.call_driver(handle.id)
+    shorter.work()
+    error = handle.get().error_json
+    assert error is not None
+    assert error["message"] == "step 1 of the history is 'lower', but the flow function came to 'the end'"
+
+
+def test_no_except_of_the_function_hides_it(make_bench: MakeBench) -> None:
+    def swallows(run: Run) -> str:
+        try:
+            run.step(str.upper, "x")
+        except Exception:
+            return "hidden"
+        return ""
+
+    before, changed = make_bench(), make_bench()
+    handle = before.flows.flow("hides")(first_version).start()
+    before.work()
+    changed.flows.flow("hides")(swallows)
+    changed.call_driver(handle.id)
+    changed.work()
+    assert handle.status() is FlowStatus.RUNNING
+
+
+def test_a_step_that_is_added_after_those_recorded_is_no_mismatch(make_bench: MakeBench) -> None:
+    def longer(run: Run) -> str:
+        run.step(str.lower, "ONE")
+        run.wait_for("go", "on")
+        run.step(str.lower, "ADDED")
+        return run.step(str.lower, "END")
+
+    before, after = make_bench(), make_bench()
+    handle = before.flows.flow("grows")(first_version).start()
+    before.work()
+    after.flows.flow("grows")(longer)
+    after.flows.emit("go", "on")
+    assert after.finish(after.flows.handle(handle.id)) == "end"
+
+
+def test_a_flow_that_is_refused_can_be_cancelled(make_bench: MakeBench) -> None:
+    before, changed = make_bench(), make_bench()
+    handle = before.flows.flow("grows")(first_version).start()
+    before.work()
+    changed.flows.flow("grows")(second_version)
+    changed.call_driver(handle.id)
+    changed.work()
+    changed.flows.manager.cancel(handle.id)
+    assert handle.status() is FlowStatus.CANCELLED
+
+
+@pytest.mark.parametrize("version", [0, -1, True, "2"])
+def test_a_version_that_is_no_number_is_refused(bench: Bench, version: Any) -> None:
+    with pytest.raises(InvalidData, match="version of flow x: must be a whole number from 1"):
+        bench.flows.flow("x", version=version)(lambda run: None)
+
+
+def test_two_functions_under_one_name_and_version_are_refused(bench: Bench) -> None:
+    bench.flows.flow("x", version=2)(first_version)
+    bench.flows.flow("x", version=1)(second_version)
+    with pytest.raises(InvalidData, match="is taken by"):
+        bench.flows.flow("x", version=2)(second_version)
