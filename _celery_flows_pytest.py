@@ -97,7 +97,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Fails a test whose crashes did not happen, as part of the test itself."""
     __tracebackhide__ = True
     result = yield
-    opened: FlowApp | None = getattr(item, "funcargs", {}).get("flow_app")
+    opened: FlowApp | None = (getattr(item, "funcargs", None) or {}).get("flow_app")
     if opened is not None:
         opened.check_struck()
     return result

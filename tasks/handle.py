@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 
-from celery_flows.store import Flow, FlowManager, FlowStatus, SqlFlowStore, dispatch, inbox
+from celery_flows.store import Flow, FlowManager, FlowStatus, dispatch, inbox
 from celery_flows.store import operations as op
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
@@ -34,11 +34,6 @@ class FlowHandle(Generic[Out]):
 
     def __repr__(self) -> str:
         return f"FlowHandle({self.id})"
-
-    @property
-    def store(self) -> SqlFlowStore:
-        """Where the flow is stored."""
-        return self._runtime.store
 
     def get(self) -> Flow:
         """The flow as stored now.

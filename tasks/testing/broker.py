@@ -18,7 +18,7 @@ _KEYS = ("broker_url", "broker_read_url", "broker_write_url")  # the environment
 def in_memory(app: Celery) -> Iterator[None]:
     """Has the app use kombu's broker in memory, and forget the connections it has, until the end."""
     list(app.conf)  # has Celery read its configuration
-    changes: dict[str, Any] = app.conf.changes or {}
+    changes: dict[str, Any] = vars(app.conf)["changes"]
     before = dict(changes)
     variables = {name: os.environ.pop(name) for key in _KEYS if (name := f"CELERY_{key.upper()}") in os.environ}
     changes.update(dict.fromkeys(_KEYS, "memory://localhost//"))

@@ -14,7 +14,7 @@ Expected = Sequence["str | EllipsisType"]
 
 def history(handle: FlowHandle[Any]) -> list[str]:
     """The kinds of the flow's events, oldest first, with the step's name where there is one: ``step_failed charge``."""
-    store = handle.store
+    store = handle._runtime.store
     names = {step.run_id: step.task for step in store.list_steps(handle.id)}
     events = store.list_events(handle.id, None)[::-1]
     return [_line(event.kind, names.get(event.payload_json.get("run_id", ""))) for event in events]

@@ -665,6 +665,39 @@ def test_afterwards_the_application_is_as_it_was(
     store.close()
 
 
+def configured(app: Celery, how: str) -> Celery:
+    """The app, with a broker that is not there."""
+    if how == "by an attribute":
+        app.conf.update(broker_url=NOBODY)
+    elif how == "by an object":
+        app.config_from_object({"broker_url": NOBODY})
+    elif how == "under a namespace":
+        app.config_from_object({"CELERY_BROKER_URL": NOBODY}, namespace="CELERY")
+    return app
+
+
+@pytest.mark.parametrize("how", ["not at all", "by an attribute", "by an object", "under a namespace"])
+def test_what_steps_send_of_their_own_stays_in_memory_however_the_broker_is_configured(
+    sqlite_url: str, how: str
+) -> None:
+    app = configured(Celery(f"sends-{next(_numbers)}", set_as_current=False), how)
+
+    @app.task(name="sent", shared=False)
+    def sent() -> None: ...
+
+    def send() -> None:
+        sent.delay()
+
+    @Flows(app).flow("sends")
+    def sends(run: Run) -> None:
+        run.step(send)
+
+    with open_flow_app(app, sqlite_url):
+        assert sends.start().result() is None
+    like_it = configured(Celery("untouched", set_as_current=False), how)
+    assert app.conf.broker_write_url == like_it.conf.broker_write_url
+
+
 def test_a_database_with_flows_of_somebody_elses_is_not_emptied(shop: Shop, database_url: str) -> None:
     with open_flow_app(shop.app, database_url):
         shop.ship.start("of a test")
