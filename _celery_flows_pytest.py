@@ -94,10 +94,15 @@ def flow_messages(flow_app: FlowApp) -> FlowMessages:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Fails a test whose crashes did not happen, as part of the test itself."""
+    """Fails a test whose crashes did not happen, as part of the test itself; a failed one tells what flows failed of."""
     __tracebackhide__ = True
-    result = yield
     opened: FlowApp | None = (getattr(item, "funcargs", None) or {}).get("flow_app")
-    if opened is not None:
+    if opened is None:
+        return (yield)
+    try:
+        result = yield
         opened.check_struck()
-    return result
+        return result
+    finally:
+        if opened.store.failures:
+            item.add_report_section("call", "flows", "\n".join(opened.store.failures))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, get_args
@@ -13,6 +14,7 @@ from celery_flows.store.changes import Change, Completion, Holder
 from celery_flows.store.dispatch import StepClaim, retry_step
 from celery_flows.store.operations import Mode, change_made
 from celery_flows.store.script import Call, Pause
+from celery_flows.tasks.testing.failures import tell_failure
 from celery_flows.tasks.testing.names import is_meant
 
 When = Literal["before", "during", "after"]
@@ -88,11 +90,12 @@ class FlowCrash:
 
 
 class CrashingStore(DyingStore):
-    """A store whose process dies before or after it records a step, where ``crash`` says so."""
+    """A store whose process dies before or after it records a step, where ``crash`` says so. Notes what flows failed of."""
 
     def __init__(self, engine: sa.Engine, crash: FlowCrash) -> None:
         self._crash = crash
         self._tasks: dict[str, str] = {}  # run id of a Celery step → its task, as claimed
+        self.failures: list[str] = []  # what flows failed of
         super().__init__(engine)
 
     def _perform(self, step: Call | Pause) -> Any:
@@ -126,12 +129,18 @@ class CrashingStore(DyingStore):
             return Call(call.operation, (made, *call.args[1:]), call.kwargs)
         if call.operation.mode in (Mode.WRITE, Mode.SINGLE):  # type: ignore[attr-defined]
             if isinstance(what, Change):
+                self._note_failure(what)
                 records(_recorded(what))
             elif isinstance(what, Completion):
                 records(self._tasks.get(what.holder.run_id))
             elif isinstance(what, Holder) and call.operation is retry_step:
                 records(self._tasks.get(what.run_id))
         return call
+
+    def _note_failure(self, change: Change) -> None:
+        error = sys.exception()  # a driver that records a failure is handling it
+        if change.kind == "failed" and error is not None:
+            self.failures.append(tell_failure(change.flow_id, error))
 
     def _may_die(self, step: str, when: When) -> None:
         if self._crash.strikes(step, when):

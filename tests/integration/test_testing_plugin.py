@@ -116,6 +116,44 @@ def test_a_failure_is_told_where_the_test_waits(project: pytest.Pytester) -> Non
     assert "difflib" not in ended.stdout.str()  # the test's own lines are shown, not the kit's
 
 
+def test_a_failed_test_tells_where_its_flows_failed(project: pytest.Pytester) -> None:
+    ended = run(
+        project,
+        """
+        from shop import Run, flows
+
+        def divide(by):
+            return 1 // by  # in the step
+
+        @flows.flow("divides")
+        def divides(run: Run) -> int:
+            return run.step(divide, 0)  # in the flow
+
+        def test_divides(flow_app):
+            assert divides.start().result() == 1
+
+        def test_nothing_is_told_of_failures_that_were_expected(flow_app):
+            divides.start()
+            flow_app.run()
+        """,
+    )
+    ended.assert_outcomes(failed=1, passed=1)
+    ended.stdout.fnmatch_lines(
+        [
+            "E *FlowFailed: flow * failed (StepFailed): StepFailed: step divide failed with ZeroDivisionError: *",
+            "*Captured flows call*",
+            "flow * failed:",
+            "*test_shop.py*in divide",
+            "*return 1 // by  # in the step",
+            "ZeroDivisionError: *",
+            "*test_shop.py*in divides",
+            "*return run.step(divide, 0)  # in the flow",
+            "celery_flows.tasks.errors.StepFailed: step divide failed with ZeroDivisionError: *",
+        ]
+    )
+    assert ended.stdout.str().count("Captured flows call") == 1
+
+
 def test_what_is_missing_is_named(project: pytest.Pytester) -> None:
     test = """
         def test_it(flow_app):
