@@ -94,7 +94,7 @@ def flow_messages(flow_app: FlowApp) -> FlowMessages:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Fails a test whose crashes did not happen, as part of the test itself; a failed one tells what flows failed of."""
+    """Fails a test whose crashes did not happen, as part of the test; a failed one tells what flows failed of."""
     __tracebackhide__ = True
     opened: FlowApp | None = (getattr(item, "funcargs", None) or {}).get("flow_app")
     if opened is None:
