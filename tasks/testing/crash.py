@@ -90,7 +90,7 @@ class FlowCrash:
 
 
 class CrashingStore(DyingStore):
-    """A store whose process dies before or after it records a step, where ``crash`` says so; notes what flows fail of."""
+    """A store whose process dies around the record of a step, where ``crash`` says so; notes what flows fail of."""
 
     def __init__(self, engine: sa.Engine, crash: FlowCrash) -> None:
         self._crash = crash
