@@ -111,6 +111,25 @@ class FlowHandle(Generic[Out]):
         """
         call(self._runtime, self.id, lambda manager: manager.request_cancel(self.id), session)
 
+    def pause(self, *, session: Transaction | None = None) -> None:
+        """Keeps workers from going on with the flow after the step in hand; its timers and deadline wait, too. Steps
+        that are out on queues are run.
+
+        Raises:
+            AlreadyTerminal: it has ended.
+            FlowNotFound: as :meth:`get`.
+        """
+        call(self._runtime, self.id, lambda manager: manager.pause(self.id), session)
+
+    def unpause(self, *, session: Transaction | None = None) -> None:
+        """Lets workers go on with the flow.
+
+        Raises:
+            AlreadyTerminal: it has ended.
+            FlowNotFound: as :meth:`get`.
+        """
+        call(self._runtime, self.id, lambda manager: manager.unpause(self.id), session)
+
     def approve(self, name: str, *, by: str, comment: str = "", session: Transaction | None = None) -> None:
         """Grants what the flow asks for by ``run.approval(name)``, or will ask for: an approval that comes early is
         kept. With ``session`` it is part of your transaction.
