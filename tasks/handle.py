@@ -66,7 +66,8 @@ class FlowHandle(Generic[Out]):
         return self.get().state_json
 
     def result(self, timeout: float | None = None) -> Out:
-        """Waits until the flow has ended and gives its result, validated by the flow function's annotation.
+        """Waits until the flow has ended and gives its result, validated by the flow function's annotation. One that
+        goes on as another (``run.restart_as``) ends when that one does.
 
         Args:
             timeout: seconds; None waits for as long as it takes.
@@ -79,12 +80,12 @@ class FlowHandle(Generic[Out]):
         """
         flow = self._ended(timeout)
         if flow.status is FlowStatus.CANCELLED:
-            raise FlowCancelled(self.id)
+            raise FlowCancelled(flow.id)
         if flow.status is FlowStatus.FAILED:
             error = flow.error_json or {}
             reason = flow.state_json.get("failure", {}).get("reason", "unknown")
             undo_failed = error.get("undo_failed", ())
-            raise FlowFailed(self.id, reason, error.get("type", "unknown"), error.get("message", ""), undo_failed)
+            raise FlowFailed(flow.id, reason, error.get("type", "unknown"), error.get("message", ""), undo_failed)
         definition = self._definition or self._runtime.registry.get(flow.controller_id)
         result: Out = flow.result_json if definition is None else definition.output.decode("result", flow.result_json)
         return result
@@ -92,7 +93,11 @@ class FlowHandle(Generic[Out]):
     def _ended(self, timeout: float | None) -> Flow:
         began = time.monotonic()
         pause = FIRST_POLL_SECONDS
-        while not (flow := self.get()).status.is_terminal:
+        flow_id = self.id
+        while not (flow := self._runtime.manager.get(flow_id)).status.is_terminal or flow.continued_as is not None:
+            if flow.continued_as is not None:
+                flow_id = flow.continued_as
+                continue
             waited = time.monotonic() - began
             if timeout is not None and waited >= timeout:
                 raise ResultTimedOut(self.id, timeout)

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from celery_flows import FlowCancelled, FlowFailed, Permanent, Retry, Run, StepFailed, step
+from celery_flows import FlowCancelled, FlowFailed, FlowStatus, Permanent, Retry, Run, StepFailed, step
 from tests.support.bench import Bench
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
@@ -73,7 +73,8 @@ def guide(bench: Bench) -> Any:
     names |= {
         "app": bench.app, "flows": bench.flows, "Run": Run, "Retry": Retry, "step": step, "timedelta": timedelta,
         "FlowCancelled": FlowCancelled, "StepFailed": StepFailed, "CardDeclined": CardDeclined, "gateway": Gateway(),
-        "weigh": weigh, "quote": quote, "Session": Session, "text": sa.text, "book": book_carrier,
+        "measure": lambda: 17, "weigh": weigh, "quote": quote, "book": book_carrier, "Session": Session,
+        "text": sa.text,
     }  # fmt: skip
     for block in BLOCKS:
         if "def book(run" in block:  # the cancelling example has a name of its own for its function
@@ -133,6 +134,21 @@ def test_a_seat_is_released_by_a_cancel(bench: Bench, guide: Any) -> None:
     handle.cancel()
     bench.work()
     assert bench.effects[-1] == "release_seat reserve_seat there"
+
+
+def test_a_meter_is_read_through_its_lives(bench: Bench, guide: Any) -> None:
+    handle = guide.read_meter.start(0)
+    for _ in range(7):
+        bench.work()
+        advance(bench)
+    assert handle.result(0) == 102
+    assert handle.get().continued_as is not None
+
+
+def advance(bench: Bench) -> None:
+    """The hour of every timer has passed."""
+    for flow in bench.store.list_by_status(FlowStatus.WAITING):
+        bench.flows.handle(flow.id).resume()
 
 
 def test_orders_are_shipped_by_the_latest_version(bench: Bench, guide: Any) -> None:
