@@ -126,6 +126,25 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
+class Drive:
+    """The drive row of a new flow."""
+
+    task: str
+    queue: str | None = None
+    priority: int | None = None
+    first_pause: float = 0.0  # seconds before the sweep publishes it again
+    parent_run_id: str | None = None  # of a child: which step of its parent it is
+
+
+@dataclass(frozen=True, slots=True)
+class Successor:
+    """The flow that goes on for one that ends, made in the same transaction."""
+
+    flow: Flow
+    drive: Drive
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """One revision of one flow, with all that must commit with it."""
 
@@ -140,6 +159,7 @@ class Change:
     first_pause: float = 0.0  # seconds before the sweep publishes the members again
     drive: Park | Wake | Settle | End | None = None
     forgive: bool = False  # progress: the drive row's crashes are forgotten
+    successor: Successor | None = None
     write_id: UUID = field(default_factory=new_id)
 
     @property
@@ -189,17 +209,6 @@ class Completion:
     def told(self) -> str:
         row = json.dumps({"status": self.status.value, "error_json": self.error}, ensure_ascii=False)[:-1]
         return f'{{"run_id":{json.dumps(self.holder.run_id)},"step":{row},"result_json":{self.result or "null"}}}}}'
-
-
-@dataclass(frozen=True, slots=True)
-class Drive:
-    """The drive row of a new flow."""
-
-    task: str
-    queue: str | None = None
-    priority: int | None = None
-    first_pause: float = 0.0  # seconds before the sweep publishes it again
-    parent_run_id: str | None = None  # of a child: which step of its parent it is
 
 
 def change_of(flow: Flow, transition: Transition, **more: Any) -> Change:

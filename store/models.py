@@ -109,13 +109,14 @@ class Flow(Record):
     mode: FlowMode = FlowMode.MANAGED
     input_json: Any = None
     result_json: Any = None
-    error_json: dict[str, Any] | None = None  # {"type", "message"}, when failed
+    error_json: dict[str, Any] | None = None  # {"type", "message"}: why it failed, or, while open, does not go on
     idempotency_key: str | None = None  # unique within controller_id
     definition_version: int = Field(default=1, ge=1)
     parent_flow_id: UUID | None = None
     deadline_at: datetime | None = None
     paused_at: datetime | None = None  # while set, no worker drives the flow
     finished_at: datetime | None = None  # set with every terminal status
+    continued_as: UUID | None = None  # the flow that goes on for this one, with a fresh history
 
     @field_validator("controller_id", "owner_session_key")
     @classmethod

@@ -249,6 +249,19 @@ def change_with_children(conn: Connection, change: Change) -> tuple[Flow, int | 
 
 
 @writes
+def change_and_continue(conn: Connection, change: Change) -> tuple[Flow, int | None]:
+    """:func:`change_flow` for a flow that ends, with the one that goes on for it: in that order, for the key moves on.
+
+    Raises:
+        RevisionMismatch, FlowNotFound: nothing was written.
+    """
+    assert change.successor is not None
+    changed = change_flow(conn, change)
+    create_flow(conn, change.successor.flow, {"continues": str(change.flow_id)}, change.successor.drive)
+    return changed
+
+
+@writes
 def change_made(conn: Connection, make: Callable[[Connection], Change]) -> str | None:
     """Writes the change that ``make`` gives, in the transaction in which it did whatever else it does; gives the result
     of the change's step, as JSON text.
@@ -270,6 +283,8 @@ def find_step_result(conn: Connection, flow_id: UUID, write_id: UUID) -> str | N
 
 def change_operation(change: Change) -> Callable[..., tuple[Flow, int | None]]:
     """What writes this change: one statement, unless flows are made with it."""
+    if change.successor is not None:
+        return change_and_continue
     has_children = any(member.child is not None for member in change.members)
     return change_with_children if has_children else change_flow
 

@@ -16,6 +16,7 @@ from celery import Celery
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 
 from celery_flows.store import (
+    Flow,
     FlowError,
     FlowNotFound,
     FlowStatus,
@@ -30,7 +31,7 @@ from celery_flows.store import (
     transitions,
 )
 from celery_flows.store import operations as op
-from celery_flows.store.changes import Change, End, Holder, Join, Member, Park, StepWrite
+from celery_flows.store.changes import Change, Drive, End, Holder, Join, Member, Park, StepWrite, Successor
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import DriveClaim
 from celery_flows.store.models import TERMINAL, new_id
@@ -403,6 +404,34 @@ class Driver:
             )
         self._crashed = False
         return result
+
+    def continue_as(self, input: Any) -> NoReturn:
+        """Ends this flow, and has another of its definition's latest version go on with a fresh history and this one's
+        key, in one transaction."""
+        if self._claim.parent_run_id is not None:
+            raise InvalidData("restart_as", "is not for child flows: their parents wait for them")
+        definition = self.runtime.registry.require(self.flow.controller_id)
+        flow = Flow(
+            controller_id=definition.name,
+            definition_version=definition.version,
+            goal=self.flow.goal,
+            owner_session_key=self.flow.owner_session_key,
+            requester_origin=self.flow.requester_origin,
+            idempotency_key=self.flow.idempotency_key,
+            input_json=definition.encoded_input(input),
+            deadline_at=None if definition.timeout is None else self.now() + definition.timeout,
+        )
+        if self._claim.open_members:
+            self.settle_members()
+        drive = Drive(definition.name, definition.queue, first_pause=self.runtime.first_pause)
+        columns = {"status": FlowStatus.FINISHED, "wait_json": None, "idempotency_key": None, "continued_as": flow.id}
+        with self._unwinding():
+            self._write(
+                lambda: ("continued", columns), drive=End(), successor=Successor(flow, drive), illegal_after_cancel=True
+            )
+        self._over = True
+        self.runtime.publisher.publish(dispatch.Hint(str(flow.id), flow.id, "drive", definition.name, definition.queue))
+        raise Suspended
 
     def update_state(self, place: Place, patch: Mapping[str, Any]) -> None:
         """Lays keys over the flow's state, as a step."""

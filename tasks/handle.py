@@ -56,7 +56,8 @@ class FlowHandle(Generic[Out]):
         return self.get().state_json
 
     def result(self, timeout: float | None = None) -> Out:
-        """Waits until the flow has ended and gives its result, validated by the flow function's annotation.
+        """Waits until the flow has ended and gives its result, validated by the flow function's annotation. One that
+        goes on as another (``run.restart_as``) ends when that one does.
 
         Args:
             timeout: seconds; None waits for as long as it takes.
@@ -69,26 +70,30 @@ class FlowHandle(Generic[Out]):
         """
         flow = self._ended(timeout)
         if flow.status is FlowStatus.CANCELLED:
-            raise FlowCancelled(self.id)
+            raise FlowCancelled(flow.id)
         if flow.status is FlowStatus.FAILED:
             error = flow.error_json or {}
             reason = flow.state_json.get("failure", {}).get("reason", "unknown")
             undo_failed = error.get("undo_failed", ())
-            raise FlowFailed(self.id, reason, error.get("type", "unknown"), error.get("message", ""), undo_failed)
+            raise FlowFailed(flow.id, reason, error.get("type", "unknown"), error.get("message", ""), undo_failed)
         definition = self._definition or self._runtime.registry.get(flow.controller_id)
         result: Out = flow.result_json if definition is None else definition.output.decode("result", flow.result_json)
         return result
 
     def _ended(self, timeout: float | None) -> Flow:
-        flow = self._runtime.wait_until(self._if_ended, timeout)
+        flow_id = self.id
+
+        def look() -> Flow | None:
+            nonlocal flow_id
+            while (flow := self._runtime.manager.get(flow_id)).continued_as is not None:
+                flow_id = flow.continued_as
+            return flow if flow.status.is_terminal else None
+
+        flow = self._runtime.wait_until(look, timeout)
         if flow is None:
             assert timeout is not None
             raise ResultTimedOut(self.id, timeout)
         return flow
-
-    def _if_ended(self) -> Flow | None:
-        flow = self.get()
-        return flow if flow.status.is_terminal else None
 
     def cancel(self, *, session: Transaction | None = None) -> None:
         """Asks the flow to cancel: sticky. It cleans up first, so ``status()`` may say cancelled only later.
@@ -98,6 +103,25 @@ class FlowHandle(Generic[Out]):
             FlowNotFound: as :meth:`get`.
         """
         call(self._runtime, self.id, lambda manager: manager.request_cancel(self.id), session)
+
+    def pause(self, *, session: Transaction | None = None) -> None:
+        """Keeps workers from going on with the flow after the step in hand; its timers and deadline wait, too. Steps
+        that are out on queues are run.
+
+        Raises:
+            AlreadyTerminal: it has ended.
+            FlowNotFound: as :meth:`get`.
+        """
+        call(self._runtime, self.id, lambda manager: manager.pause(self.id), session)
+
+    def unpause(self, *, session: Transaction | None = None) -> None:
+        """Lets workers go on with the flow.
+
+        Raises:
+            AlreadyTerminal: it has ended.
+            FlowNotFound: as :meth:`get`.
+        """
+        call(self._runtime, self.id, lambda manager: manager.unpause(self.id), session)
 
     def approve(self, name: str, *, by: str, comment: str = "", session: Transaction | None = None) -> None:
         """Grants what the flow asks for by ``run.approval(name)``, or will ask for: an approval that comes early is

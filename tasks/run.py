@@ -6,7 +6,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, cast, overload
 from uuid import UUID, uuid5
 
 from celery import Signature, Task
@@ -261,6 +261,20 @@ class Run:
         if self._replay.find(place) is None:
             self._replay.begin()
             self._replay.driver.update_state(place, state)
+
+    def restart_as(self, input: Any = None) -> NoReturn:
+        """Ends this flow, and has a new one go on for it: same definition in its latest version, same owner and key,
+        this input, a fresh history. For flows without an end, whose history would grow for ever. Does not return; what
+        :meth:`on_failure` was told is forgotten. ``handle.result()`` of this flow waits for the one that goes on.
+
+        Raises:
+            InvalidData: the input is not what the flow takes, or cannot be JSON; or this is a child flow, or cleans up.
+        """
+        self._replay.begin()
+        self._replay.refuse_in_cleanup("restart_as")
+        self._replay.finish()
+        self._replay.tell_once(lambda: self._replay.driver.continue_as(input))
+        raise AssertionError("the driver suspends")
 
     def now(self) -> datetime:
         """The time, in UTC by the database's clock; recorded, so that a replay sees the same."""

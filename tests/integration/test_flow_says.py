@@ -97,6 +97,31 @@ def test_a_decision_can_be_part_of_the_callers_transaction(bench: Bench) -> None
     assert bench.finish(handle).by == "bob"
 
 
+# ---- pausing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_paused_flow_is_not_driven_until_it_is_unpaused(bench: Bench) -> None:
+    @bench.flows.flow("steps")
+    def steps(run: Run) -> str:
+        run.step(bench.effects.append, "one")
+        run.step(bench.flows.handle(run.flow_id).pause)
+        run.step(bench.effects.append, "two")
+        return "done"
+
+    handle = steps.start()
+    bench.work()
+    bench.pass_time()
+    bench.sweep()
+    bench.work()
+    assert bench.effects == ["one"]
+    assert handle.get().paused_at is not None
+    handle.unpause()
+    assert bench.finish(handle) == "done"
+    assert bench.effects == ["one", "two"]
+    with pytest.raises(AlreadyTerminal):
+        handle.pause()
+
+
 # ---- progress -------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from celery import Celery, Signature
 
-from celery_flows import FlowCancelled, Flows, Run, StepFailed, WaitTimedOut
+from celery_flows import FlowCancelled, Flows, FlowTimedOut, Retry, Run, StepFailed, WaitTimedOut
 from celery_flows.store import dispatch
 from celery_flows.tasks.replay import run_id_of
 from tests.simulation.invariants import Observer
@@ -208,6 +208,75 @@ def poisoned_step(run: Run) -> str:
 def poisoned_driver(run: Run) -> None:
     run.step(one, str(run.flow_id))
     run.step(deadly, str(run.flow_id))
+
+
+def flaky(flow_id: str) -> str:
+    """Fails until it has had its effect before."""
+    world = World.current
+    began = (flow_id, "flaky") in world.effects
+    if began and world.clock < world.not_before[flow_id]:
+        raise Violation("(7) an inline attempt begins before its pause has passed")
+    effect(flow_id, "flaky")
+    if not began:
+        raise RuntimeError("not yet")
+    return "flaky"
+
+
+@flows.flow("inline-retry")
+def inline_retry(run: Run) -> str:
+    """A step is tried again after a pause that frees its worker; a cancel may come meanwhile."""
+    try:
+        run.options(retry=Retry(20, initial=timedelta(seconds=RETRY_SECONDS), factor=1, jitter=False)).step(
+            flaky, str(run.flow_id)
+        )
+        return run.step(two, str(run.flow_id))
+    except FlowCancelled:
+        run.step(undo, str(run.flow_id))
+        raise
+
+
+@flows.flow("window")
+def window(run: Run) -> int:
+    """So many members at a time, of which one fails; then a join of another group."""
+    outcomes = run.gather(members(run, 6, fails=2), limit=2, return_exceptions=True)
+    run.gather([member.s(str(run.flow_id), number) for number in (8, 9)])
+    return len(outcomes)
+
+
+@flows.flow("window-fails")
+def window_fails(run: Run) -> str:
+    try:
+        run.gather(members(run, 5, fails=2), limit=2)
+    except StepFailed:
+        run.step(undo, str(run.flow_id))
+        return run.step(two, str(run.flow_id))
+    return "no member failed"
+
+
+@flows.flow("race")
+def race(run: Run) -> int:
+    """The first success goes on, and another join follows while losers run."""
+    first = run.first(members(run, 3, fails=0))
+    return int(first) + len(run.gather([member.s(str(run.flow_id), number) for number in (8, 9)]))
+
+
+@flows.flow("deadline", timeout=timedelta(seconds=60))
+def deadline(run: Run) -> None:
+    """Is past its deadline before its timer."""
+    try:
+        run.gather(members(run, 2))
+        run.sleep(timedelta(seconds=500))
+    except FlowTimedOut:
+        run.step(undo, str(run.flow_id))
+        raise
+
+
+@flows.flow("saga")
+def saga(run: Run) -> None:
+    """Fails with a member running, and undoes what it did, here and by a Celery step."""
+    run.on_failure(undo, str(run.flow_id))
+    run.on_failure(member, str(run.flow_id), 9)
+    run.gather(members(run, 3, fails=1))
 
 
 @flows.flow("sleep")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from celery_flows.store.changes import ORDER
@@ -15,7 +15,7 @@ from tests.simulation.world import Actor, SimulatedStore, Violation, World, as_t
 OF_A_HOLDER = ("park", "hand_back", "end_lease", "retry_step", "renew_own", "complete_step")
 BY_TOKEN = ("release", "renew", "hand_back_all")
 TAKES_OVER = ("sweep_due", "claim_drive", "claim_step")
-WAIT_STEPS = ("sleep", "wait_for topic")
+NO_MEMBERS = ("sleep", "wait_for topic", "flaky")  # steps that may be open and have no row of their own
 
 DISPATCH = (
     "run_id, flow_id, kind, task, worker, fence, wakes, due_at, publish_count, crash_count, open_members, join_group, "
@@ -160,6 +160,9 @@ class Observer:
                 world.uncounted.setdefault(str(change.flow_id), set()).intersection_update(
                     {actor.claims[str(change.flow_id)]}
                 )
+            if change.kind == "step_retrying":
+                told = change.step.error["retry_at"]
+                world.not_before[str(change.flow_id)] = datetime.fromisoformat(told)
         elif name == "retry_step" and answer:
             holder, _, _, delay, _ = step.args
             world.not_before[holder.run_id] = world.clock + timedelta(seconds=delay)
@@ -179,7 +182,7 @@ class Observer:
     def _check_count(self, now: Rows) -> None:
         members = {run_id for run_id, row in now.items() if is_member(row)}
         steps = self.histories.steps.values()
-        open_steps = {s.run_id for s in steps if not s.status.is_terminal and s.task not in WAIT_STEPS}
+        open_steps = {s.run_id for s in steps if not s.status.is_terminal and s.task not in NO_MEMBERS}
         if members != open_steps:
             raise Violation(f"(10) member rows {members} are not the open steps {open_steps}")
         for row in now.values():

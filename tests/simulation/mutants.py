@@ -21,11 +21,11 @@ from celery_flows.store import dispatch, inbox, sqlite
 from celery_flows.store import operations as op
 from celery_flows.tasks import drive as drive_module
 from celery_flows.tasks import emit as emit_module
+from celery_flows.tasks import gather as gather_module
 from celery_flows.tasks import maintenance
-from celery_flows.tasks import run as run_module
 from celery_flows.tasks import steps as steps_module
 from celery_flows.tasks.drive import Driver
-from celery_flows.tasks.run import Run as FlowRun
+from celery_flows.tasks.gather import Gather
 from tests.simulation import plants as p
 from tests.simulation.invariants import Observer
 from tests.simulation.plants import Plant, nothing, then, with_arguments
@@ -68,7 +68,7 @@ BY_HAND = ("fail by hand", "cancel by hand")
 
 # A failed gather closes all its members before anything follows it, so no straggler ever meets a new join. Whether the
 # counters would stand that shows without it, in flows that do not clean up meanwhile.
-STRAGGLERS: Replacement = (FlowRun, "_first_failure", p.first_failure_at_once)
+STRAGGLERS: Replacement = (Gather, "_first_failure", p.first_failure_at_once)
 # These mean something else by open_members; what comes of it must show by itself.
 COUNTED_OTHERWISE: Replacement = (Observer, "_check_count", nothing)
 
@@ -82,6 +82,9 @@ MUTANTS = [
     Mutant("a claim takes whatever nobody holds", sqlite, "_claimable", p.claim_what_is_free, ("retry", "sleep")),
     Mutant("a claim takes what somebody holds", sqlite, "_claimable", p.claim_anything, GATHERS),
     Mutant("a retry can be claimed before it is due", dispatch, "retry_step", then(p.publish_retry), ("retry",)),
+    Mutant("an inline attempt begins before its pause has passed", Driver, "wait_until", p.nothing,
+           ("pause inline retry",)),
+    Mutant("an undo runs beside members", Driver, "_drain", p.nothing, ("saga",)),
     Mutant("a new row is not due by itself", sqlite, "change", then(p.rest_members), GATHERS),
     Mutant("a take-over is not counted as a crash", sqlite, "_take", then(p.keep_crashes), ("inline",)),
     Mutant("a claim leaves the revision alone", sqlite, "claim_drive", then(p.keep_revision), ("inline",)),
@@ -138,7 +141,7 @@ MUTANTS = [
     Mutant("cleanup beside running members", Driver, "_drain", nothing, ("gather fails",)),
     Mutant("a drain does not wait for who is running", Driver, "_drain", p.drain_without_waiting, CANCELS),
     Mutant("history is not read again after a drain", Driver, "_read_history", p.history_once, CANCELS),
-    Mutant("cleanup's members are cancelled too", run_module, "member_of", p.never_cleanup, ("cancel cleanup",)),
+    Mutant("cleanup's members are cancelled too", gather_module, "member_of", p.never_cleanup, ("cancel cleanup",)),
     # 11: who holds a row; lost replies
     Mutant("a holder is known by its run id", dispatch, "_held", p.held_by_run_id, ("inline", *CANCELS)),
     Mutant("a holder is known without its worker", dispatch, "_held", p.held_by_fence, ("retry", *CANCELS)),

@@ -330,9 +330,8 @@ one_counter, counter_of_own_group, by_policy_only = joined(_x1), joined(_x2), jo
 def first_failure_at_once(original: Any) -> Any:
     """A gather's failure is told while other members still run."""
 
-    def mutated(self: Any, run_ids: list[str]) -> Any:
-        history = self._driver.history
-        return next(history[i] for i in run_ids if i in history and history[i].status == "failed")
+    def mutated(self: Any) -> Any:
+        return next(step for step in self._known().values() if step is not None and step.status == "failed")
 
     return mutated
 

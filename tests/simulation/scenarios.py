@@ -200,6 +200,15 @@ def _cleaned_up(world: World, handles: list[FlowHandle[Any]]) -> None:
             assert {"undo", "member-9"} <= effects, f"cancelled and not cleaned up: {effects}"
 
 
+def _undone(world: World, handles: list[FlowHandle[Any]]) -> None:
+    """All was undone, unless that was given up after too many crashes."""
+    often = any(len(fences) >= defined.MAX_CRASHES for fences in world.lost.values())
+    for handle in handles:
+        effects = {name for flow_id, name in world.effects if flow_id == str(handle.id)}
+        began = any(name.startswith("member-") and name != "member-9" for name in effects)
+        assert often or not began or {"undo", "member-9"} <= effects, f"ended and not undone: {effects}"
+
+
 def _each_event_once(world: World, handles: list[FlowHandle[Any]]) -> None:
     taken = [handle.result(0) for handle in handles if handle.status() == "finished"]
     payloads = [payload for payload in taken if payload not in ("timed out", "late")]
@@ -215,6 +224,19 @@ SCENARIOS = [
     Scenario("gather fails for good", _starts(defined.gather_fails_for_good), ends=("failed",)),
     Scenario("retry", _starts(defined.retry), may_lose=True),
     Scenario("retry fails", _starts(defined.retry_fails), may_lose=True),
+    Scenario("inline retry", _starts(defined.inline_retry), may_lose=True),
+    Scenario("cancel inline retry", _with("cancel", defined.inline_retry), ends=ANY_END),
+    Scenario("pause inline retry", _with("pause", defined.inline_retry), may_lose=True),
+    Scenario("window", _starts(defined.window), may_lose=True),
+    Scenario("window fails", _starts(defined.window_fails), may_lose=True),
+    Scenario("cancel window", _with("cancel", defined.window), ends=ANY_END),
+    Scenario("pause window", _with("pause", defined.window), may_lose=True),
+    Scenario("race", _starts(defined.race), may_lose=True),
+    Scenario("cancel race", _with("cancel", defined.race), ends=ANY_END),
+    Scenario("deadline", _starts(defined.deadline), ends=("failed",)),
+    Scenario("cancel before the deadline", _with("cancel", defined.deadline), ends=ANY_END),
+    Scenario("saga", _starts(defined.saga), ends=("failed",), check=_undone),
+    Scenario("cancel saga", _with("cancel", defined.saga), ends=ANY_END, check=_undone),
     Scenario("poisoned step", _with_a_late_message(defined.poisoned_step), may_lose=True, check=_deaths_are_few),
     Scenario("poisoned driver", _with_a_late_message(defined.poisoned_driver), ends=("failed",), check=_deaths_are_few),
     Scenario("two starts", _starts_twice, may_lose=True, check=_started_once),

@@ -13,6 +13,7 @@ from tests.support.commandline import environment
 
 PUBLIC = [
     "AlreadyTerminal",
+    "Approval",
     "CancelPending",
     "DuplicateFlow",
     "DuplicateStep",
@@ -30,11 +31,15 @@ PUBLIC = [
     "FlowStep",
     "FlowStepStatus",
     "FlowStore",
+    "FlowTimedOut",
     "Flows",
+    "HistoryMismatch",
     "IllegalTransition",
     "InvalidData",
     "KeyConflict",
+    "Permanent",
     "ResultTimedOut",
+    "Retry",
     "RevisionMismatch",
     "Run",
     "SchemaOutdated",
@@ -42,9 +47,11 @@ PUBLIC = [
     "StartPending",
     "StepFailed",
     "StepLost",
+    "StepTimedOut",
     "StoreError",
     "UnknownFlow",
     "WaitTimedOut",
+    "step",
 ]
 
 # Opening for writing, and whatever else leaves this process, is noted by the interpreter itself.
