@@ -165,6 +165,12 @@ class InlineDriver(Driver):
     def transact(self, write: Callable[[Connection], StepWrite]) -> str:
         raise _needs_a_store("run.transaction")
 
+    def continue_as(self, input: Any) -> NoReturn:
+        raise _needs_a_store("run.restart_as")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise _needs_a_store(f"the driver's {name}")
+
     def join(self, members: Sequence[Member], join: Join, *, cleanup: bool) -> NoReturn:
         for member in members:
             self._keep(self._outcome(member))

@@ -171,6 +171,19 @@ def test_the_patience_of_who_waits_for_a_result_is_on_the_clock_of_the_test(
     assert handle.result(timeout=100 * 86_400) == [*PAID, None]
 
 
+def test_a_result_is_that_of_the_flow_that_goes_on(shop: Shop, flow_app: FlowApp, flow_clock: FlowClock) -> None:
+    @shop.flows.flow("yearly")
+    def yearly(run: Run, years: int) -> str:
+        run.sleep(timedelta(days=365))
+        if years > 1:
+            run.restart_as(years - 1)
+        return "over"
+
+    began = flow_clock.now()
+    assert yearly.start(3).result() == "over"
+    assert (flow_clock.now() - began).days == 3 * 365
+
+
 def test_a_cancelled_flow_cleans_up(shop: Shop, flow_app: FlowApp, flow_clock: FlowClock) -> None:
     handle = shop.fulfil.start("o1")
     flow_clock.advance(days=91, seconds=1)
@@ -633,8 +646,15 @@ def test_inline_says_what_it_cannot_do(shop: Shop) -> None:
 
     with pytest.raises(Stuck, match=r"waits for the event 'payment': give run_inline its payload"):
         run_inline(waits)
+
+    @shop.flows.flow("starts anew")
+    def anew(run: Run) -> None:
+        run.restart_as()
+
     with pytest.raises(NotInline, match=r"run.transaction needs a store, and run_inline has none"):
         run_inline(writes)
+    with pytest.raises(NotInline, match=r"run.restart_as needs a store"):
+        run_inline(anew)
     assert shop.seen == []
 
 
