@@ -119,13 +119,13 @@ class LeaseLost(FlowError):
 
 
 class StartPending(FlowError):
-    """Another transaction that is still open is starting a flow with this key. Try again when it has ended."""
+    """Another transaction that is still open is starting a flow with this key (None: with one of the keys of many).
+    Try again when it has ended."""
 
-    def __init__(self, controller_id: str, key: str) -> None:
+    def __init__(self, controller_id: str, key: str | None) -> None:
         self.controller_id, self.key = controller_id, key
-        super().__init__(
-            f"an open transaction is starting {controller_id!r} with key {key!r}: try again when it has ended"
-        )
+        which = "one of these keys" if key is None else f"key {key!r}"
+        super().__init__(f"an open transaction is starting {controller_id!r} with {which}: try again when it has ended")
 
 
 class StoreError(FlowError):

@@ -10,7 +10,7 @@ from celery import Celery
 
 from celery_flows.store import InvalidData
 from celery_flows.store.validation import check_name
-from celery_flows.tasks import maintenance
+from celery_flows.tasks import maintenance, slots
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.publish import DRIVE_TASK, STEP_TASK
 from celery_flows.tasks.runtime import Runtime, worker_token
@@ -18,7 +18,8 @@ from celery_flows.tasks.steps import delivery_of, parse_id, run_step
 
 log = logging.getLogger("celery_flows.tasks")
 
-SWEEP_TASK, PRUNE_TASK, VERIFY_TASK, START_TASK = "flows.sweep", "flows.prune", "flows.verify", "flows.start"
+SWEEP_TASK, PRUNE_TASK, VERIFY_TASK = "flows.sweep", "flows.prune", "flows.verify"
+LOOK_TASK, START_TASK = "flows.look", "flows.start"
 
 # Early acknowledgement: the store sends what was lost again, so a late one would only bring redelivery loops,
 # RabbitMQ's consumer timeout and Redis' visibility timeout. No result backend: the store is the truth.
@@ -68,6 +69,11 @@ def register(app: Celery, runtime: Runtime) -> None:
     @app.task(name=VERIFY_TASK, **OPTIONS)
     def verify(self: Any) -> None:
         maintenance.verify_sample(runtime)
+
+    @app.task(name=LOOK_TASK, **OPTIONS)
+    def look(self: Any, name: str) -> None:
+        """Looks at the schedule of this definition. Which slots are due says the database's clock, not beat's."""
+        slots.try_to_start(runtime, runtime.registry.require(name))
 
     @app.task(name=START_TASK, **{**OPTIONS, "ignore_result": False})
     def start(self: Any, name: str, input: Any = None, **options: Any) -> str:

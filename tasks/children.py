@@ -44,7 +44,7 @@ def child_member(parent: Flow, run_id: str, position: int, child: ChildFlow[Any]
     )
     queue = definition.queue if definition.queue is None else check_name("queue", definition.queue)
     args = encode_json("child", {"cleanup": True} if cleanup else {})
-    return Member(run_id, check_name("step", definition.name), position, args, queue, child=flow)
+    return Member(run_id, check_name("step", definition.name), position, args, queue, definition.priority, child=flow)
 
 
 def cancel_child(runtime: Runtime, flow_id: UUID) -> None:

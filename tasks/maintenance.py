@@ -13,6 +13,7 @@ from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, healt
 from celery_flows.store.audit import Finding
 from celery_flows.store.changes import Completion, Holder
 from celery_flows.store.dispatch import Swept
+from celery_flows.tasks import slots
 from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import StepLost
@@ -67,7 +68,9 @@ def sweep(runtime: Runtime) -> SweepReport:
 
 
 def sweep_for_beat(runtime: Runtime) -> SweepReport:
-    """The sweep that beat sends for, in case workers do not sweep by themselves."""
+    """The sweep that beat sends for, in case workers do not sweep by themselves; looks at all schedules, too, since the
+    messages that beat sends for each may be lost."""
+    slots.start_due(runtime)
     report = sweep(runtime)
     heartbeat(runtime, BEAT, BEAT_SWEEP_SECONDS)
     return report

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Self, TypeVar, overload
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 from celery import Celery
+from celery.schedules import crontab
 from sqlalchemy.orm import Session
 
 from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
@@ -18,9 +20,10 @@ from celery_flows.tasks.handle import FlowHandle
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.run import Run
 from celery_flows.tasks.runtime import Runtime
+from celery_flows.tasks.schedule import CatchUp, Overlap, Schedule, parse_schedule
 from celery_flows.tasks.settings import FlowSettings
 from celery_flows.worker.lifecycle import install
-from celery_flows.worker.schedule import add_beat_entries
+from celery_flows.worker.schedule import add_beat_entries, add_late_beat_entry
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -52,7 +55,7 @@ class Flows:
         self.runtime = Runtime(app, store)
         register(app, self.runtime)
         install(app, self.runtime)
-        add_beat_entries(app)
+        add_beat_entries(app, self.runtime)
         _installed[app] = self
 
     @classmethod
@@ -84,16 +87,33 @@ class Flows:
         """The manager over :attr:`store`, for flows that no definition drives, and for operators."""
         return self.runtime.manager
 
-    def flow(self, name: str, *, queue: str | None = None) -> _Define:
+    def flow(
+        self,
+        name: str,
+        *,
+        queue: str | None = None,
+        priority: int | None = None,
+        schedule: crontab | timedelta | float | None = None,
+        catch_up: CatchUp = "last",
+        overlap: Overlap = "allow",
+    ) -> _Define:
         """Registers a flow function under a name, which is for good: flows that are open are driven by it.
 
         Args:
             queue: where its drive messages go; None: ``task_default_queue``.
+            priority: of its messages, 0 to 255, as your broker has it.
+            schedule: have beat start it: a Celery crontab, by the clock of the app's time zone, or an interval as
+                timedelta or seconds. One flow for each slot, however many beats there are. Its input, if it takes any,
+                is the slot's time.
+            catch_up: what becomes of slots at which nobody looked: the last one is made up for, or all (at most 100),
+                or none.
+            overlap: "skip" leaves a slot out if the flow of the one before is still open.
 
         Raises:
-            InvalidData: the name is taken, or the function takes more than the run and one input.
+            InvalidData: the name is taken, the function takes more than the run and one input, or an option is none.
         """
-        return _Define(self.runtime, name, queue)
+        by = None if schedule is None else parse_schedule(name, schedule, catch_up, overlap)
+        return _Define(self.runtime, name, queue, priority, by)
 
     def handle(self, flow_id: UUID | str) -> FlowHandle[Any]:
         """The handle of a flow by its id.
@@ -124,14 +144,18 @@ class Flows:
 class _Define:
     """What ``@flows.flow(name)`` gives: takes the function, gives its definition."""
 
-    def __init__(self, runtime: Runtime, name: str, queue: str | None) -> None:
-        self._runtime, self._name, self._queue = runtime, name, queue
+    def __init__(
+        self, runtime: Runtime, name: str, queue: str | None, priority: int | None, schedule: Schedule | None
+    ) -> None:
+        self._runtime, self._name = runtime, name
+        self._options = queue, priority, schedule
 
     @overload
     def __call__(self, function: Callable[[Run, In], Out]) -> FlowDefinition[In, Out]: ...
     @overload
     def __call__(self, function: Callable[[Run], Out]) -> FlowDefinition[None, Out]: ...
     def __call__(self, function: Callable[..., Any]) -> FlowDefinition[Any, Any]:
-        definition: FlowDefinition[Any, Any] = FlowDefinition(self._runtime, self._name, function, self._queue)
+        definition: FlowDefinition[Any, Any] = FlowDefinition(self._runtime, self._name, function, *self._options)
         self._runtime.registry.add(definition)
+        add_late_beat_entry(self._runtime.app, definition)
         return definition
