@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 
@@ -11,6 +12,7 @@ from celery_flows.store import Flow, FlowManager, FlowStatus, dispatch, inbox
 from celery_flows.store import operations as op
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
+from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.errors import FlowCancelled, FlowFailed, ResultTimedOut
 from celery_flows.tasks.transaction import Transaction, after_commit, transaction_of
 
@@ -65,7 +67,12 @@ class FlowHandle(Generic[Out]):
             ResultTimedOut: it has not ended in time. The flow goes on.
             FlowNotFound: as :meth:`get`.
         """
-        flow = self._ended(timeout)
+        pauses = _pauses(self.id, timeout)
+        while not (flow := self.get()).status.is_terminal:
+            time.sleep(next(pauses))
+        return self._outcome(flow)
+
+    def _outcome(self, flow: Flow) -> Out:
         if flow.status is FlowStatus.CANCELLED:
             raise FlowCancelled(self.id)
         if flow.status is FlowStatus.FAILED:
@@ -75,19 +82,6 @@ class FlowHandle(Generic[Out]):
         definition = self._definition or self._runtime.registry.get(flow.controller_id)
         result: Out = flow.result_json if definition is None else definition.output.decode("result", flow.result_json)
         return result
-
-    def _ended(self, timeout: float | None) -> Flow:
-        began = time.monotonic()
-        pause = FIRST_POLL_SECONDS
-        while not (flow := self.get()).status.is_terminal:
-            waited = time.monotonic() - began
-            if timeout is not None and waited >= timeout:
-                raise ResultTimedOut(self.id, timeout)
-            left = pause if timeout is None else min(pause, timeout - waited)
-            time.sleep(left)
-            longest = MAX_POLL_SECONDS if waited < PATIENT_AFTER_SECONDS else PATIENT_POLL_SECONDS
-            pause = min(pause * POLL_FACTOR, longest)
-        return flow
 
     def cancel(self, *, session: Transaction | None = None) -> None:
         """Asks the flow to cancel: sticky. It cleans up first, so ``status()`` may say cancelled only later.
@@ -110,6 +104,48 @@ class FlowHandle(Generic[Out]):
         resumed = Call(inbox.resume_by_hand, (self.id, payload, write_id))
         settled = Call(op.find_locked, (self.id, write_id))
         call(self._runtime, self.id, lambda _: self._runtime.store.attempt(resumed, settled=settled), None)
+
+    # ---- the same, for asyncio ----
+
+    async def aget(self) -> Flow:
+        """:meth:`FlowHandle.get`, awaited."""
+        return await asyncio.to_thread(self.get)
+
+    async def astatus(self) -> FlowStatus:
+        """:meth:`FlowHandle.status`, awaited."""
+        return await asyncio.to_thread(self.status)
+
+    async def aresult(self, timeout: float | None = None) -> Out:
+        """:meth:`FlowHandle.result`, awaited. No thread waits along."""
+        pauses = _pauses(self.id, timeout)
+        while not (flow := await self.aget()).status.is_terminal:
+            await asyncio.sleep(next(pauses))
+        return self._outcome(flow)
+
+    async def acancel(self, *, session: AsyncTransaction | None = None) -> None:
+        """:meth:`FlowHandle.cancel`, awaited; ``session`` is an AsyncSession or AsyncConnection."""
+        await run(self._runtime, session, self.cancel)
+
+    async def aresume(self, payload: dict[str, Any] | None = None) -> None:
+        """:meth:`FlowHandle.resume`, awaited."""
+        await asyncio.to_thread(self.resume, payload)
+
+
+def _pauses(flow_id: UUID, timeout: float | None) -> Iterator[float]:
+    """The seconds between two looks.
+
+    Raises:
+        ResultTimedOut: by then the time is over.
+    """
+    began = time.monotonic()
+    pause = FIRST_POLL_SECONDS
+    while True:
+        waited = time.monotonic() - began
+        if timeout is not None and waited >= timeout:
+            raise ResultTimedOut(flow_id, timeout)
+        yield pause if timeout is None else min(pause, timeout - waited)
+        longest = MAX_POLL_SECONDS if waited < PATIENT_AFTER_SECONDS else PATIENT_POLL_SECONDS
+        pause = min(pause * POLL_FACTOR, longest)
 
 
 def call(

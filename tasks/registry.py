@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from celery_flows.store.errors import InvalidData
 from celery_flows.store.validation import MAX_PAYLOAD_BYTES, check_name, check_priority
@@ -16,6 +16,7 @@ from celery_flows.tasks.handle import FlowHandle
 from celery_flows.tasks.payloads import Codec, codec_for
 from celery_flows.tasks.schedule import Schedule
 from celery_flows.tasks.start import Options, start
+from celery_flows.tasks.start_async import AsyncStarts
 from celery_flows.tasks.start_many import listed, start_many, wanted
 from celery_flows.tasks.transaction import Transaction
 
@@ -26,7 +27,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-class FlowDefinition(Generic[In, Out]):
+class FlowDefinition(AsyncStarts[In, Out]):
     """A flow function and its name. Make one with ``@flows.flow(name)``."""
 
     def __init__(

@@ -43,7 +43,7 @@ def start(
     input: Any,
     key: str | None,
     options: Options,
-    transaction: Transaction | None,
+    session: Transaction | None,
 ) -> FlowHandle[Out]:
     """Stores the flow, and publishes its drive message after the commit. See :meth:`FlowDefinition.start`."""
     flow = Flow(
@@ -53,7 +53,7 @@ def start(
         idempotency_key=key,
         input_json=definition.encoded_input(input),
     )
-    caller = None if transaction is None else transaction_of(transaction)
+    caller = None if session is None else transaction_of(session)
     store = runtime.store if caller is None else runtime.store.using(caller)
     drive, told = drive_row(runtime, store, definition, options)
     call = Call(op.create_flow, (flow, told, drive))

@@ -98,13 +98,13 @@ def start_many(
     definition: FlowDefinition[Any, Out],
     wanted: Wanted,
     options: Options,
-    transaction: Transaction | None,
+    session: Transaction | None,
 ) -> list[FlowHandle[Out]]:
     """Stores the flows, and calls workers to the first of them after the commit. See
     :meth:`FlowDefinition.start_many`."""
     if not wanted.items:
         return []
-    caller = None if transaction is None else transaction_of(transaction)
+    caller = None if session is None else transaction_of(session)
     store = runtime.store if caller is None else runtime.store.using(caller)
     called, told = drive_row(runtime, store, definition, options)
     new = [NewFlow(*item, drive=drive) for item, drive in zip(wanted.items, _drives(called, wanted), strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, Self, TypeVar, overload
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -14,6 +15,7 @@ from celery.schedules import crontab
 from sqlalchemy.orm import Session
 
 from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
+from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.celery_tasks import register
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.handle import FlowHandle
@@ -139,6 +141,12 @@ class Flows:
             StoreError: the database could not be reached.
         """
         return emit(self.runtime, topic, correlation_id, payload, session)
+
+    async def aemit(
+        self, topic: str, correlation_id: str, payload: Any = None, *, session: AsyncTransaction | None = None
+    ) -> UUID:
+        """:meth:`emit`, awaited; ``session`` is an AsyncSession or AsyncConnection."""
+        return await run(self.runtime, session, partial(self.emit, topic, correlation_id, payload))
 
 
 class _Define:

@@ -37,7 +37,7 @@ def test_the_users_app_stays_as_it_was() -> None:
 
     assert dict(with_flows.conf.table()) == dict(plain.conf.table())
     assert set(with_flows.tasks) - set(plain.tasks) == {
-        "flows.drive", "flows.step", "flows.sweep", "flows.prune", "flows.verify", "flows.start",
+        "flows.drive", "flows.step", "flows.sweep", "flows.prune", "flows.verify", "flows.look", "flows.start",
     }  # fmt: skip
     greet = with_flows.tasks["shop.greet"]
     assert (greet.acks_late, greet("you"), type(greet).__mro__[1]) == (True, "hello you", with_flows.Task)
@@ -49,7 +49,7 @@ def test_our_tasks_keep_their_own_options_in_any_app() -> None:
     app = shop(task_ignore_result=False, task_reject_on_worker_lost=True, task_track_started=True)
     Flows(app)
     app.finalize()
-    for name in ("flows.drive", "flows.step", "flows.sweep", "flows.prune", "flows.verify"):
+    for name in ("flows.drive", "flows.step", "flows.sweep", "flows.prune", "flows.verify", "flows.look"):
         task = app.tasks[name]
         assert (task.acks_late, task.reject_on_worker_lost, task.ignore_result) == (False, False, True)
         assert (task.serializer, task.rate_limit, task.max_retries) == ("json", None, 0)
