@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from uuid import UUID
 
 
@@ -26,6 +27,15 @@ class FlowError(Exception):
         └── StoreError              the database refused or could not be reached (the driver's error is the cause)
             └── SchemaOutdated      the tables are missing or of another version
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors take other arguments than their message, so without this one cannot be pickled, and Celery answers a
+        # client with its nearest ancestor that can.
+        return _rebuilt, (type(self), self.args), self.__dict__
+
+
+def _rebuilt(kind: type[FlowError], args: tuple[Any, ...]) -> FlowError:
+    return kind.__new__(kind, *args)
 
 
 class InvalidData(FlowError):

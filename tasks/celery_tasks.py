@@ -102,9 +102,10 @@ def _start_options(given: dict[str, Any]) -> dict[str, Any]:
     """
     if unknown := sorted(given.keys() - set(START_OPTIONS)):
         raise InvalidData("options", f"{unknown[0][:50]!r} is none; there are {', '.join(START_OPTIONS)}")
-    if not isinstance(eta := given.get("eta"), str):
-        return given
+    said = {name: value for name, value in given.items() if value is not None}
+    if not isinstance(eta := said.get("eta"), str):
+        return said
     try:
-        return {**given, "eta": datetime.fromisoformat(eta)}
+        return {**said, "eta": datetime.fromisoformat(eta)}
     except ValueError:
         raise InvalidData("eta", "must be a time in ISO 8601 with its offset, e.g. 2030-01-31T08:00:00+00:00") from None
