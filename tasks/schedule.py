@@ -63,14 +63,13 @@ class Schedule:
 
         Args:
             now: the database's clock.
-            last: the last slot that was seen to; None: nobody has looked at this schedule before, so nothing was
-                missed.
+            last: the last slot that was seen to; None: nobody has looked at this schedule before, so it begins now.
         """
         on_time_since = now - timedelta(seconds=ON_TIME_SECONDS)
-        since = on_time_since if last is None else last
+        since, most = (on_time_since, 1) if last is None else (last, MOST_SLOTS)
         slots: list[datetime] = []
         for slot in self.slots_before(now, zone):
-            if slot <= since or len(slots) == MOST_SLOTS:
+            if slot <= since or len(slots) == most:
                 break
             slots.append(slot)
         on_time = [slot for slot in slots if slot > on_time_since]

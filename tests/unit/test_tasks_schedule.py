@@ -136,6 +136,7 @@ def test_a_new_schedule_makes_up_for_nothing_but_begins_with_the_slot_of_this_mi
     by = made(DAILY, catch_up)
     assert by.due(NOW, None, UTC) == [SLOT]
     assert by.due(NOW + MINUTE, None, UTC) == []
+    assert made(1, catch_up).due(NOW, None, UTC) == [NOW]
 
 
 @pytest.mark.parametrize(("catch_up", "days"), [("last", [0]), ("all", [2, 1, 0]), ("none", [])])
