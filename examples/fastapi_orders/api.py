@@ -104,8 +104,10 @@ def make_api(engine: AsyncEngine | None = None) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with database.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
-        yield
-        await database.dispose()
+        try:
+            yield
+        finally:
+            await database.dispose()
 
     api = FastAPI(lifespan=lifespan)
     api.state.sessions = async_sessionmaker(database)
