@@ -374,6 +374,14 @@ def sweep_due(conn: Connection, limit: int, first_pause: float, max_pause: float
     ]
 
 
+@reads
+def list_unclaimed_of(conn: Connection, run_ids: Sequence[str]) -> list[str]:
+    """Those of these rows that were published and that nobody has claimed since."""
+    unclaimed = sa.and_(_d.worker.is_(None), _d.publish_count > 0)
+    queries = (sa.select(_d.run_id).where(_d.run_id.in_(some), unclaimed) for some in batched(run_ids, BOUND_AT_ONCE))
+    return [run_id for query in queries for run_id in conn.scalars(query)]
+
+
 @writes
 def fail_lost(conn: Connection, flow_id: UUID, fence: int) -> bool:
     """Fails a flow whose driver died too often, unless somebody has claimed it since: reason ``lost``, history kept."""

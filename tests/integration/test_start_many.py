@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from celery_flows import FlowHandle, InvalidData, KeyConflict, Run, StartPending
 from celery_flows.store.tables import flow_dispatch, flow_events, flows
+from celery_flows.tasks.ahead import LEAST
 from celery_flows.tasks.start import Options
 from celery_flows.tasks.start_many import CALLED_AT_ONCE, start_many, wanted
 from tests.integration.conftest import MakeBench
@@ -80,6 +81,20 @@ def test_sweeps_send_the_messages_of_the_others_at_once(bench: Bench) -> None:
     assert [message.id for message in bench.messages()] == [str(each.id) for each in handles[CALLED_AT_ONCE:]]
     assert bench.sweep().due == 0
     bench.work()
+
+
+def test_sweeps_stay_so_far_ahead_of_what_is_taken_and_no_further(make_bench: MakeBench) -> None:
+    bench = make_bench(sweep_limit=50)
+    handles = doubling(bench).start_many(range(CALLED_AT_ONCE + 150))
+    assert [bench.sweep().published for _ in range(4)] == [50, LEAST, LEAST, LEAST]
+    sent = [message.id for message in bench.messages()]
+    for message in sent[CALLED_AT_ONCE : CALLED_AT_ONCE + 60]:
+        bench.drive(UUID(message))
+    assert bench.sweep().published == 50 - 20
+    bench.work()
+    assert bench.sweep().published == 40
+    bench.work()
+    assert all(handle.status().is_terminal for handle in handles)
 
 
 def test_nothing_to_start_is_nothing(bench: Bench) -> None:
