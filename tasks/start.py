@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,17 +68,17 @@ def start(
         assert key is not None
         return FlowHandle(runtime, _existing(store, flow, key).id, definition)
     if drive.published:
-        publish(runtime, caller, Hint(str(flow.id), flow.id, "drive", drive.task, drive.queue, drive.priority))
+        hint = Hint(str(flow.id), flow.id, "drive", drive.task, drive.queue, drive.priority)
+        once_committed(caller, lambda: runtime.publisher.publish(hint))
     return FlowHandle(runtime, flow.id, definition)
 
 
-def publish(runtime: Runtime, caller: Transaction | None, *hints: Hint) -> None:
-    """Sends the hints, now or after the caller's commit, for a moment at most; what is left over, the sweep sends."""
-    seconds = runtime.settings.publish_timeout_seconds
+def once_committed(caller: Transaction | None, action: Callable[[], object]) -> None:
+    """Acts after the caller's commit; without a caller all is committed, so now."""
     if caller is None:
-        runtime.publisher.publish(*hints, within_seconds=seconds)
+        action()
     else:
-        after_commit(caller, lambda: runtime.publisher.publish(*hints, within_seconds=seconds))
+        after_commit(caller, action)
 
 
 def drive_row(

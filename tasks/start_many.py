@@ -20,7 +20,7 @@ from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.validation import check_name
 from celery_flows.tasks.handle import FlowHandle
-from celery_flows.tasks.start import Options, drive_row, lock_timed_out, publish
+from celery_flows.tasks.start import Options, drive_row, lock_timed_out, once_committed
 from celery_flows.tasks.transaction import Transaction, transaction_of
 
 if TYPE_CHECKING:
@@ -115,8 +115,10 @@ def start_many(
         if keyed and lock_timed_out(error):
             raise StartPending(definition.name, None) from error
         raise
-    made = [each for each in new if there[each.id] == each.id and each.drive.published]
-    publish(runtime, caller, *(_hint(each) for each in made))
+    hints = [_hint(each) for each in new if there[each.id] == each.id and each.drive.published]
+    # For as long as one may take; what is left over, the sweep sends.
+    seconds = runtime.settings.publish_timeout_seconds
+    once_committed(caller, lambda: runtime.publisher.publish(*hints, within_seconds=seconds))
     return [FlowHandle(runtime, there[flow_id], definition) for flow_id in wanted.order]
 
 
