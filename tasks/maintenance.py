@@ -70,8 +70,8 @@ def sweep(runtime: Runtime) -> SweepReport:
 def sweep_for_beat(runtime: Runtime) -> SweepReport:
     """The sweep that beat sends for, in case workers do not sweep by themselves; looks at all schedules, too, since the
     messages that beat sends for each may be lost."""
-    slots.start_due(runtime)
     report = sweep(runtime)
+    slots.start_due(runtime)
     heartbeat(runtime, BEAT, BEAT_SWEEP_SECONDS)
     return report
 
