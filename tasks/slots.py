@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("celery_flows.slots")
 
-AHEAD = timedelta(seconds=1)  # beat's clock may be this much ahead of the database's; such a flow begins at its slot
+AHEAD = timedelta(seconds=1)  # beat's clock may be this much ahead of the database's; the flow begins at its slot
 
 
 def start_due(runtime: Runtime) -> int:
@@ -61,7 +61,7 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
         log.warning("flow %r skips its slot %s: the one before is still open", definition.name, slot.isoformat())
     hints = [Hint(str(each), each, "drive", drive.task, drive.queue, drive.priority) for each in seen.started]
     runtime.publisher.publish(*hints)
-    return len(seen.started)
+    return len(seen.started) + len(seen.held_back)
 
 
 def missed(runtime: Runtime) -> Iterator[tuple[str, datetime]]:

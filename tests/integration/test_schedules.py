@@ -84,6 +84,17 @@ def test_a_slot_starts_one_flow_with_the_slot_as_its_input(bench: Bench) -> None
     assert [look(bench) for _ in range(3)] == [1, 1, 1]
 
 
+def test_whoever_looks_too_early_has_the_flow_begin_at_its_slot(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    hourly(bench)
+    monkeypatch.setattr(slots, "AHEAD", HOUR)
+    bench.messages()
+    assert (look(bench), look(bench)) == (1, 1)
+    [flow] = started(bench)
+    [row] = bench.rows(flow.id)
+    assert (row.due_at, row.publish_count) == (datetime.fromisoformat(flow.input_json), 0)
+    assert (bench.messages(), bench.claimable()) == ([], [])
+
+
 def test_many_who_look_at_once_start_one_flow_for_each_slot(make_bench: MakeBench) -> None:
     benches = [make_bench() for _ in range(4)]
     for bench in benches:
