@@ -15,7 +15,6 @@ from celery_flows.store import operations as op
 from celery_flows.store import schedules
 from celery_flows.store.tables import flow_heartbeats, flows
 from celery_flows.tasks import slots
-from celery_flows.worker.doctor import examine
 from tests.integration.conftest import MakeBench
 from tests.integration.test_engine_app import OUR_ENTRIES, shop
 from tests.support.bench import Bench
@@ -237,20 +236,3 @@ def test_a_flow_with_a_schedule_takes_its_slot_or_nothing(bench: Bench) -> None:
 
         @bench.flows.flow("hourly", schedule=HOUR)
         def hourly(run: Run, n: int) -> None: ...
-
-
-# ---- the doctor -----------------------------------------------------------------------------------------------------
-
-
-def test_doctor_tells_of_a_slot_that_nobody_looked_at(bench: Bench) -> None:
-    def found() -> list[str]:
-        return [finding.about for finding in examine(bench.runtime, reply_seconds=0.1) if finding.kind == "slot_missed"]
-
-    hourly(bench)
-    assert found() == []
-    last_looked(bench, 3 * HOUR)
-    [about] = found()
-    assert about.startswith("flow 'hourly' at ")
-    look(bench)
-    assert found() == []
-    bench.work()
