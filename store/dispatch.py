@@ -357,9 +357,15 @@ def retry_step(
 
 
 @writes_once
-def sweep_due(conn: Connection, limit: int, first_pause: float, max_pause: float) -> list[Swept]:
+def sweep_due(
+    conn: Connection, limit: int, first_pause: float, max_pause: float, *, begun: bool | None = None
+) -> list[Swept]:
     """Frees lost leases and takes due rows to be published, each again after a growing pause; nothing is published
-    before this commits."""
+    before this commits.
+
+    Args:
+        begun: only rows of flows that somebody has driven before (True) or not (False).
+    """
     return [
         Swept(
             Hint(
@@ -370,7 +376,7 @@ def sweep_due(conn: Connection, limit: int, first_pause: float, max_pause: float
             row["publish_count"],
             row["was_held"],
         )
-        for row in dialect(conn).sweep(conn, limit, first_pause, max_pause)
+        for row in dialect(conn).sweep(conn, limit, first_pause, max_pause, begun)
     ]
 
 

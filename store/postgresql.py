@@ -437,6 +437,7 @@ def complete(conn: Connection, what: Completion) -> Row | None:
 _SWEEP = sa.text(
     f"""WITH c AS (SELECT run_id, worker IS NOT NULL OR publish_count > 0 AND crash_count > 0 AS was_held
           FROM flow_dispatch WHERE due_at <= {NOW} AND kind IN ('drive', 'step') AND task IS NOT NULL
+            AND (CAST(:begun AS boolean) IS NULL OR CAST(:begun AS boolean) = (fence > 0 OR kind = 'step'))
           ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED)
         UPDATE flow_dispatch d SET worker = NULL, publish_count = d.publish_count + 1,
           crash_count = d.crash_count + CASE WHEN d.worker IS NULL THEN 0 ELSE 1 END,
@@ -448,8 +449,8 @@ _SWEEP = sa.text(
 )
 
 
-def sweep(conn: Connection, limit: int, first: float, cap: float) -> list[Row]:
-    return list(conn.execute(_SWEEP, {"limit": limit, "first": first, "cap": cap}).mappings())
+def sweep(conn: Connection, limit: int, first: float, cap: float, begun: bool | None = None) -> list[Row]:
+    return list(conn.execute(_SWEEP, {"limit": limit, "first": first, "cap": cap, "begun": begun}).mappings())
 
 
 # ---- observations ---------------------------------------------------------------------------------------------------

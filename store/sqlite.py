@@ -17,7 +17,7 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy import Connection, and_, case, event, func, literal, or_
+from sqlalchemy import Connection, and_, case, event, func, literal, or_, true
 
 from celery_flows.store.backoff import full_jitter
 from celery_flows.store.changes import (
@@ -466,11 +466,13 @@ def complete(conn: Connection, what: Completion) -> Row | None:
 # ---- sweep ----------------------------------------------------------------------------------------------------------
 
 
-def sweep(conn: Connection, limit: int, first: float, cap: float) -> list[Row]:
+def sweep(conn: Connection, limit: int, first: float, cap: float, begun: bool | None = None) -> list[Row]:
     at = now(conn)
+    is_begun = or_(_d.fence > 0, _d.kind == "step")
+    asked = true() if begun is None else is_begun if begun else ~is_begun
     due = conn.execute(
         sa.select(flow_dispatch)
-        .where(_d.due_at <= at, _d.kind.in_(["drive", "step"]), _d.task.isnot(None))
+        .where(_d.due_at <= at, _d.kind.in_(["drive", "step"]), _d.task.isnot(None), asked)
         .order_by(_d.due_at)
         .limit(limit)
     ).mappings()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -96,6 +97,27 @@ def test_sweeps_stay_so_far_ahead_of_what_is_taken_and_no_further(make_bench: Ma
     assert bench.sweep().published == 150 - 80 - 30
     bench.work()
     assert all(handle.status().is_terminal for handle in handles)
+
+
+def test_what_is_begun_is_gone_on_with_before_thousands_that_are_not(make_bench: MakeBench) -> None:
+    bench = make_bench(sweep_limit=20)
+    flow = doubling(bench)
+
+    @bench.flows.flow("sleeps")
+    def sleeps(run: Run) -> str:
+        run.sleep(timedelta(hours=1))
+        return "slept"
+
+    sleeper = sleeps.start()
+    bench.drive(sleeper.id)
+    flow.start_many(range(100))
+    assert [bench.sweep().published for _ in range(2)] == [20, LEAST]  # as far ahead as may be
+    bench.messages()
+    bench.call_driver(sleeper.id)  # its timer is due
+    assert bench.sweep().published == 1 + LEAST
+    assert str(sleeper.id) in [message.id for message in bench.messages()]
+    sleeper.cancel()
+    bench.work()
 
 
 def test_nothing_to_start_is_nothing(bench: Bench) -> None:
