@@ -132,8 +132,10 @@ class Drive:
     task: str
     queue: str | None = None
     priority: int | None = None
-    first_pause: float = 0.0  # seconds before the sweep publishes it again
+    first_pause: float = 0.0  # seconds before the sweep publishes it (again)
     parent_run_id: str | None = None  # of a child: which step of its parent it is
+    due_at: datetime | None = None  # when the sweep publishes it, in place of a pause
+    published: bool = True  # its message is sent after the commit; else nobody can claim it before it is due
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +211,16 @@ class Completion:
     def told(self) -> str:
         row = json.dumps({"status": self.status.value, "error_json": self.error}, ensure_ascii=False)[:-1]
         return f'{{"run_id":{json.dumps(self.holder.run_id)},"step":{row},"result_json":{self.result or "null"}}}}}'
+
+
+@dataclass(frozen=True, slots=True)
+class NewFlow:
+    """What tells one flow of many that are started together from the others."""
+
+    id: UUID
+    key: str | None
+    input: str | None  # JSON text
+    drive: Drive
 
 
 def change_of(flow: Flow, transition: Transition, **more: Any) -> Change:

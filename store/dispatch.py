@@ -376,9 +376,15 @@ def retry_step(
 
 
 @writes_once
-def sweep_due(conn: Connection, limit: int, first_pause: float, max_pause: float) -> list[Swept]:
+def sweep_due(
+    conn: Connection, limit: int, first_pause: float, max_pause: float, *, begun: bool | None = None
+) -> list[Swept]:
     """Frees lost leases and takes due rows to be published, each again after a growing pause; nothing is published
-    before this commits."""
+    before this commits.
+
+    Args:
+        begun: only rows of flows that somebody has driven before (True) or not (False).
+    """
     return [
         Swept(
             Hint(
@@ -389,8 +395,16 @@ def sweep_due(conn: Connection, limit: int, first_pause: float, max_pause: float
             row["publish_count"],
             row["was_held"],
         )
-        for row in dialect(conn).sweep(conn, limit, first_pause, max_pause)
+        for row in dialect(conn).sweep(conn, limit, first_pause, max_pause, begun)
     ]
+
+
+@reads
+def list_unclaimed_of(conn: Connection, run_ids: Sequence[str]) -> list[str]:
+    """Those of these rows that were published and that nobody has claimed since."""
+    unclaimed = sa.and_(_d.worker.is_(None), _d.publish_count > 0)
+    queries = (sa.select(_d.run_id).where(_d.run_id.in_(some), unclaimed) for some in batched(run_ids, BOUND_AT_ONCE))
+    return [run_id for query in queries for run_id in conn.scalars(query)]
 
 
 @writes

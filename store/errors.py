@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from uuid import UUID
 
 
@@ -26,6 +27,15 @@ class FlowError(Exception):
         └── StoreError              the database refused or could not be reached (the driver's error is the cause)
             └── SchemaOutdated      the tables are missing or of another version
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors take other arguments than their message, so without this one cannot be pickled, and Celery answers a
+        # client with its nearest ancestor that can.
+        return _rebuilt, (type(self), self.args), self.__dict__
+
+
+def _rebuilt(kind: type[FlowError], args: tuple[Any, ...]) -> FlowError:
+    return kind.__new__(kind, *args)
 
 
 class InvalidData(FlowError):
@@ -119,13 +129,13 @@ class LeaseLost(FlowError):
 
 
 class StartPending(FlowError):
-    """Another transaction that is still open is starting a flow with this key. Try again when it has ended."""
+    """Another transaction that is still open is starting a flow with this key (None: with one of the keys of many).
+    Try again when it has ended."""
 
-    def __init__(self, controller_id: str, key: str) -> None:
+    def __init__(self, controller_id: str, key: str | None) -> None:
         self.controller_id, self.key = controller_id, key
-        super().__init__(
-            f"an open transaction is starting {controller_id!r} with key {key!r}: try again when it has ended"
-        )
+        which = "one of these keys" if key is None else f"key {key!r}"
+        super().__init__(f"an open transaction is starting {controller_id!r} with {which}: try again when it has ended")
 
 
 class StoreError(FlowError):

@@ -243,7 +243,7 @@ def change_with_children(conn: Connection, change: Change) -> tuple[Flow, int | 
     """
     for member in change.members:
         if member.child is not None:
-            drive = Drive(member.task, member.queue, first_pause=change.first_pause, parent_run_id=member.run_id)
+            drive = Drive(member.task, member.queue, member.priority, change.first_pause, member.run_id)
             create_flow(conn, member.child, {}, drive)
     return change_flow(conn, change)
 

@@ -12,7 +12,7 @@ Three rules hold throughout (each stands here because its absence was seen to lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from functools import lru_cache
@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.dialects import postgresql
 
-from celery_flows.store.changes import ORDER, Change, Completion, Drive, End, Park, Settle, Wake
+from celery_flows.store.changes import ORDER, Change, Completion, Drive, End, NewFlow, Park, Settle, Wake
 from celery_flows.store.models import Flow, FlowStep
 from celery_flows.store.tables import FLOW_COLUMNS, UtcDateTime, flow_steps, flows
 from celery_flows.store.validation import encode_json
@@ -154,11 +154,16 @@ def _members_sql(count: int) -> list[str]:
     ]
 
 
+# A row that was neither published nor claimed yet is a delayed start: only a cancel brings it forward.
+_MAY_BEGIN = "d.fence > 0 OR d.publish_count > 0 OR d.task IS NULL"
+
+
 def _drive_sql(drive: type[Any], forgive: bool, joins: bool) -> list[str]:
     if drive is Wake:
         return [
             f"""w AS (UPDATE flow_dispatch d SET wakes = d.wakes + 1, {"crash_count = 0," if forgive else ""}
-                  due_at = CASE WHEN d.worker IS NULL THEN {NOW} ELSE d.due_at END
+                  due_at = CASE WHEN d.worker IS NULL AND (u.cancel_requested OR {_MAY_BEGIN}) THEN {NOW}
+                    ELSE d.due_at END
                 FROM u WHERE d.run_id = CAST(u.id AS text))"""
         ]
     if drive is Settle:
@@ -255,7 +260,8 @@ def _create_statement(driven: bool) -> sa.TextClause:
     drive = f""", d AS (INSERT INTO flow_dispatch
           (run_id, flow_id, kind, task, queue, priority, due_at, publish_count, parent_run_id)
         SELECT CAST(u.id AS text), u.id, 'drive', :d_task, :d_queue, CAST(:d_priority AS smallint),
-          {AFTER.format("d_pause")}, 1, CAST(:d_parent AS text) FROM u)"""
+          coalesce(CAST(:d_due AS timestamptz), {AFTER.format("d_pause")}), CAST(:d_published AS integer),
+          CAST(:d_parent AS text) FROM u)"""
     return sa.text(
         f"""WITH u AS (INSERT INTO flows ({_FLOW}, rest_at, wait_key)
               SELECT {_NEW}, {NOW}, :wait_key ON CONFLICT DO NOTHING RETURNING id, revision, created_at),
@@ -278,9 +284,55 @@ def create(conn: Connection, flow: Flow, kind: str, told: str, wait_key: str | N
             "d_queue": drive.queue,
             "d_priority": drive.priority,
             "d_pause": drive.first_pause,
+            "d_due": drive.due_at,
+            "d_published": int(drive.published),
             "d_parent": drive.parent_run_id,
         }
     return conn.scalar(_create_statement(drive is not None), values)
+
+
+_EACH = {"id": "uuid", "key": "text", "input": "jsonb", "due": "timestamptz", "pause": "float8", "published": "int4"}
+_OF_EACH = {"id": "i.id", "idempotency_key": "i.key", "input_json": "i.input", "created_at": NOW, "updated_at": NOW}
+
+
+@lru_cache(maxsize=1)
+def _create_many_statement() -> sa.TextClause:
+    arrays = ", ".join(param("i_" + name, type_ + "[]") for name, type_ in _EACH.items())
+    values = ", ".join(_OF_EACH.get(c.name) or param(c.name, _TYPES[c.name]) for c in FLOW_COLUMNS)
+    return sa.text(
+        f"""WITH i AS MATERIALIZED (SELECT * FROM unnest({arrays}) WITH ORDINALITY AS t({", ".join(_EACH)}, n)),
+            told AS (SELECT CAST(:told AS jsonb) AS payload),
+            u AS (INSERT INTO flows ({_FLOW}, rest_at) SELECT {values}, {NOW} FROM i ORDER BY i.n
+              ON CONFLICT DO NOTHING RETURNING id, revision, created_at),
+            e AS (INSERT INTO flow_events (flow_id, revision, kind, payload_json, at, write_id)
+              SELECT u.id, u.revision, 'created', told.payload || jsonb_build_object('set', told.payload -> 'set'
+                || jsonb_build_object('input_json', i.input, 'idempotency_key', i.key)), u.created_at, u.id
+              FROM u JOIN i ON i.id = u.id, told ORDER BY i.n),
+            d AS (INSERT INTO flow_dispatch (run_id, flow_id, kind, task, queue, priority, due_at, publish_count)
+              SELECT CAST(u.id AS text), u.id, 'drive', :d_task, :d_queue, CAST(:d_priority AS smallint),
+                coalesce(i.due, {NOW} + make_interval(secs => i.pause)), i.published
+              FROM u JOIN i ON i.id = u.id ORDER BY i.n)
+            SELECT id FROM u"""
+    )
+
+
+def create_many(conn: Connection, template: Flow, told: str, new: Sequence[NewFlow]) -> Sequence[UUID]:
+    """Inserts flows, events and drive rows; gives the ids of those whose id and key were not taken."""
+    one = new[0].drive
+    values = encoded({c.name: getattr(template, c.name) for c in FLOW_COLUMNS if c.name not in _OF_EACH})
+    values |= {"told": told, "d_task": one.task, "d_queue": one.queue, "d_priority": one.priority}
+    values |= {"i_" + name: [getattr(each, name) for each in new] for name in ("id", "key", "input")}
+    values |= {
+        "i_due": [each.drive.due_at for each in new],
+        "i_pause": [each.drive.first_pause for each in new],
+        "i_published": [int(each.drive.published) for each in new],
+    }
+    return conn.execute(_create_many_statement(), values).scalars().all()
+
+
+def savepoint(conn: Connection) -> AbstractContextManager[Any]:
+    """What is written in it is undone together; only what came before stays."""
+    return conn.begin_nested()
 
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
@@ -385,6 +437,7 @@ def complete(conn: Connection, what: Completion) -> Row | None:
 _SWEEP = sa.text(
     f"""WITH c AS (SELECT run_id, worker IS NOT NULL OR publish_count > 0 AND crash_count > 0 AS was_held
           FROM flow_dispatch WHERE due_at <= {NOW} AND kind IN ('drive', 'step') AND task IS NOT NULL
+            AND (CAST(:begun AS boolean) IS NULL OR CAST(:begun AS boolean) = (fence > 0 OR kind = 'step'))
           ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED)
         UPDATE flow_dispatch d SET worker = NULL, publish_count = d.publish_count + 1,
           crash_count = d.crash_count + CASE WHEN d.worker IS NULL THEN 0 ELSE 1 END,
@@ -396,8 +449,8 @@ _SWEEP = sa.text(
 )
 
 
-def sweep(conn: Connection, limit: int, first: float, cap: float) -> list[Row]:
-    return list(conn.execute(_SWEEP, {"limit": limit, "first": first, "cap": cap}).mappings())
+def sweep(conn: Connection, limit: int, first: float, cap: float, begun: bool | None = None) -> list[Row]:
+    return list(conn.execute(_SWEEP, {"limit": limit, "first": first, "cap": cap, "begun": begun}).mappings())
 
 
 # ---- observations ---------------------------------------------------------------------------------------------------

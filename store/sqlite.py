@@ -7,19 +7,32 @@ three of them, CURRENT_TIMESTAMP none.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy import Connection, and_, case, event, func, literal, or_
+from sqlalchemy import Connection, and_, case, event, func, literal, or_, true
 
 from celery_flows.store.backoff import full_jitter
-from celery_flows.store.changes import ORDER, Change, Completion, Drive, End, Member, Park, Settle, StepWrite, Wake
+from celery_flows.store.changes import (
+    ORDER,
+    Change,
+    Completion,
+    Drive,
+    End,
+    Member,
+    NewFlow,
+    Park,
+    Settle,
+    StepWrite,
+    Wake,
+)
 from celery_flows.store.forks import ForkGate
 from celery_flows.store.models import OPEN, OPEN_STEP, Flow, FlowStatus, FlowStep
 from celery_flows.store.tables import FLOW_COLUMNS, UtcDateTime, flow_dispatch, flow_events, flow_steps, flows
@@ -150,7 +163,7 @@ def _settle_drive_row(conn: Connection, what: Change, at: datetime, cancels: boo
     match what.drive:
         case Wake():
             forgiven = {"crash_count": 0} if what.forgive else {}
-            woken = {"wakes": _d.wakes + 1, "due_at": _due_if_free(at), **forgiven}
+            woken = {"wakes": _d.wakes + 1, "due_at": _due_if_free(at, cancels), **forgiven}
             conn.execute(sa.update(flow_dispatch).where(mine).values(woken))
         case Settle(due_at, at_once):
             # Whatever else is written, the sweep must see the cancel.
@@ -173,8 +186,10 @@ def _settle_drive_row(conn: Connection, what: Change, at: datetime, cancels: boo
             conn.execute(sa.update(flow_dispatch).where(mine).values(crash_count=0))
 
 
-def _due_if_free(at: datetime) -> Any:
-    return case((_d.worker.is_(None), at), else_=_d.due_at)
+def _due_if_free(at: datetime, cancels: bool) -> Any:
+    # A row that was neither published nor claimed yet is a delayed start: only a cancel brings it forward.
+    may_begin = or_(literal(cancels), _d.fence > 0, _d.publish_count > 0, _d.task.is_(None))
+    return case((and_(_d.worker.is_(None), may_begin), at), else_=_d.due_at)
 
 
 def _park(conn: Connection, what: Change, park: Park, at: datetime) -> None:
@@ -242,14 +257,46 @@ def create(conn: Connection, flow: Flow, kind: str, told: str, wait_key: str | N
     conn.execute(sa.insert(flows).values(values))
     _append(conn, flow.id, kind, told, at, revision=flow.revision, write_id=flow.id)
     if drive is not None:
-        conn.execute(
-            sa.insert(flow_dispatch).values(
-                run_id=str(flow.id), flow_id=flow.id, kind="drive", task=drive.task, queue=drive.queue,
-                priority=drive.priority, due_at=at + timedelta(seconds=drive.first_pause), publish_count=1,
-                parent_run_id=drive.parent_run_id,
-            )
-        )  # fmt: skip
+        conn.execute(sa.insert(flow_dispatch).values(_drive_row(flow.id, drive, at)))
     return at
+
+
+def create_many(conn: Connection, template: Flow, told: str, new: Sequence[NewFlow]) -> Sequence[UUID]:
+    """Inserts flows, events and drive rows, none of which are there: nobody else can write."""
+    at, payload = now(conn), json.loads(told)
+    shared = {c.name: getattr(template, c.name) for c in FLOW_COLUMNS} | {"wait_key": None}
+    shared |= {"created_at": at, "updated_at": at, "rest_at": at}
+    rows: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
+    drives: list[dict[str, Any]] = []
+    for each in new:
+        own = {"idempotency_key": each.key, "input_json": None if each.input is None else json.loads(each.input)}
+        rows.append({**shared, **own, "id": each.id})
+        event = {"flow_id": each.id, "revision": template.revision, "kind": "created", "at": at, "write_id": each.id}
+        events.append({**event, "payload_json": {**payload, "set": {**payload["set"], **own}}})
+        drives.append(_drive_row(each.id, each.drive, at))
+    for table, values in (flows, rows), (flow_events, events), (flow_dispatch, drives):
+        conn.execute(sa.insert(table), values)
+    return [each.id for each in new]
+
+
+def _drive_row(flow_id: UUID, drive: Drive, at: datetime) -> dict[str, Any]:
+    return {
+        "run_id": str(flow_id),
+        "flow_id": flow_id,
+        "kind": "drive",
+        "task": drive.task,
+        "queue": drive.queue,
+        "priority": drive.priority,
+        "due_at": drive.due_at or at + timedelta(seconds=drive.first_pause),
+        "publish_count": int(drive.published),
+        "parent_run_id": drive.parent_run_id,
+    }
+
+
+def savepoint(conn: Connection) -> AbstractContextManager[Any]:
+    """Nothing: the only writer meets nobody half way, and releasing a driver's outermost savepoint would commit."""
+    return nullcontext()
 
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
@@ -419,11 +466,13 @@ def complete(conn: Connection, what: Completion) -> Row | None:
 # ---- sweep ----------------------------------------------------------------------------------------------------------
 
 
-def sweep(conn: Connection, limit: int, first: float, cap: float) -> list[Row]:
+def sweep(conn: Connection, limit: int, first: float, cap: float, begun: bool | None = None) -> list[Row]:
     at = now(conn)
+    is_begun = or_(_d.fence > 0, _d.kind == "step")
+    asked = true() if begun is None else is_begun if begun else ~is_begun
     due = conn.execute(
         sa.select(flow_dispatch)
-        .where(_d.due_at <= at, _d.kind.in_(["drive", "step"]), _d.task.isnot(None))
+        .where(_d.due_at <= at, _d.kind.in_(["drive", "step"]), _d.task.isnot(None), asked)
         .order_by(_d.due_at)
         .limit(limit)
     ).mappings()

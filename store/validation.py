@@ -40,6 +40,17 @@ def check_text(field: str, value: Any, *, limit: int = MAX_TEXT_CHARS) -> str:
     return value
 
 
+def check_priority(value: Any) -> int:
+    """``value``, if a message can have it as its priority.
+
+    Raises:
+        InvalidData: naming the rule.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 255:
+        raise InvalidData("priority", "must be a whole number from 0 to 255")
+    return value
+
+
 def encode_json(field: str, value: Any, *, limit: int = MAX_PAYLOAD_BYTES) -> str:
     """``value`` as JSON text.
 

@@ -50,7 +50,8 @@ def child_member(
     )
     queue = definition.queue if definition.queue is None else check_name("queue", definition.queue)
     args = encode_json("child", {"cleanup": True} if cleanup else {})
-    return Member(place.run_id, check_name("step", definition.name), place.position, args, queue, child=flow)
+    name = check_name("step", definition.name)
+    return Member(place.run_id, name, place.position, args, queue, definition.priority, child=flow)
 
 
 def cancel_child(runtime: Runtime, flow_id: UUID) -> None:

@@ -465,7 +465,7 @@ class Driver:
 
     def _hint_of(self, member: Member) -> dispatch.Hint:
         if (child := member.child) is not None:
-            return dispatch.Hint(str(child.id), child.id, "drive", member.task, member.queue)
+            return dispatch.Hint(str(child.id), child.id, "drive", member.task, member.queue, member.priority)
         options = dict(member.options or {})
         return dispatch.Hint(member.run_id, self.flow.id, "step", member.task, member.queue, member.priority, options)
 

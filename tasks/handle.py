@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
@@ -12,9 +13,11 @@ from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.transitions import check_open
 from celery_flows.store.validation import check_name
+from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.approval import Approval, approval_key
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.errors import FlowCancelled, FlowFailed, ResultTimedOut
+from celery_flows.tasks.polling import apoll
 from celery_flows.tasks.transaction import Transaction, after_commit, transaction_of
 
 if TYPE_CHECKING:
@@ -68,7 +71,12 @@ class FlowHandle(Generic[Out]):
             ResultTimedOut: it has not ended in time. The flow goes on.
             FlowNotFound: as :meth:`get`.
         """
-        flow = self._ended(timeout)
+        return self._outcome(self._runtime.wait_until(self._look(), timeout), timeout)
+
+    def _outcome(self, flow: Flow | None, timeout: float | None) -> Out:
+        if flow is None:
+            assert timeout is not None
+            raise ResultTimedOut(self.id, timeout)
         if flow.status is FlowStatus.CANCELLED:
             raise FlowCancelled(flow.id)
         if flow.status is FlowStatus.FAILED:
@@ -80,7 +88,8 @@ class FlowHandle(Generic[Out]):
         result: Out = flow.result_json if definition is None else definition.output.decode("result", flow.result_json)
         return result
 
-    def _ended(self, timeout: float | None) -> Flow:
+    def _look(self) -> Callable[[], Flow | None]:
+        """Looks whether the flow has ended, or the one that goes on for it has."""
         flow_id = self.id
 
         def look() -> Flow | None:
@@ -89,11 +98,7 @@ class FlowHandle(Generic[Out]):
                 flow_id = flow.continued_as
             return flow if flow.status.is_terminal else None
 
-        flow = self._runtime.wait_until(look, timeout)
-        if flow is None:
-            assert timeout is not None
-            raise ResultTimedOut(self.id, timeout)
-        return flow
+        return look
 
     def cancel(self, *, session: Transaction | None = None) -> None:
         """Asks the flow to cancel: sticky. It cleans up first, so ``status()`` may say cancelled only later.
@@ -158,6 +163,29 @@ class FlowHandle(Generic[Out]):
         resumed = Call(inbox.resume_by_hand, (self.id, payload, write_id))
         settled = Call(op.find_locked, (self.id, write_id))
         call(self._runtime, self.id, lambda _: self._runtime.store.attempt(resumed, settled=settled), None)
+
+    # ---- the same, for asyncio ----
+
+    async def aget(self) -> Flow:
+        """:meth:`FlowHandle.get`, awaited."""
+        return await asyncio.to_thread(self.get)
+
+    async def astatus(self) -> FlowStatus:
+        """:meth:`FlowHandle.status`, awaited."""
+        return await asyncio.to_thread(self.status)
+
+    async def aresult(self, timeout: float | None = None) -> Out:
+        """:meth:`FlowHandle.result`, awaited. No thread waits along."""
+        look = self._look()
+        return self._outcome(await apoll(lambda: asyncio.to_thread(look), timeout), timeout)
+
+    async def acancel(self, *, session: AsyncTransaction | None = None) -> None:
+        """:meth:`FlowHandle.cancel`, awaited; ``session`` is an AsyncSession or AsyncConnection."""
+        await run(self._runtime, session, self.cancel)
+
+    async def aresume(self, payload: dict[str, Any] | None = None) -> None:
+        """:meth:`FlowHandle.resume`, awaited."""
+        await asyncio.to_thread(self.resume, payload)
 
 
 def call(

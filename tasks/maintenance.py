@@ -13,6 +13,7 @@ from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, healt
 from celery_flows.store.audit import Finding
 from celery_flows.store.changes import Completion, Holder
 from celery_flows.store.dispatch import Swept
+from celery_flows.tasks import slots
 from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import StepLost
@@ -46,14 +47,18 @@ def sweep(runtime: Runtime) -> SweepReport:
     Any number of processes may sweep at once. Cost follows what is due, not what waits.
     """
     settings = runtime.settings
-    swept = runtime.store.run(
-        dispatch.sweep_due, settings.sweep_limit, settings.republish_seconds, settings.republish_max_seconds
-    )
+    pauses = settings.republish_seconds, settings.republish_max_seconds
+    # What is begun comes first: thousands of new flows must not keep it from being gone on with.
+    begun = runtime.store.run(dispatch.sweep_due, settings.sweep_limit, *pauses, begun=True)
+    room = runtime.ahead.room(runtime.store, settings.sweep_limit)
+    new = runtime.store.run(dispatch.sweep_due, room, *pauses, begun=False)
+    swept = [*begun, *new]
     lost = [row for row in swept if row.was_held and row.crash_count >= settings.max_crashes]
     hints = [row.hint for row in swept if row not in lost]
     for row in lost:
         _try_to_give_up(runtime, row)
     published = runtime.publisher.publish(*hints)
+    runtime.ahead.add(row.hint.run_id for row in new)
     unsettled = runtime.store.run(dispatch.list_unsettled, settings.sweep_limit)
     handed_over = sum(_hand_over_event(runtime, row.run_id) for row in unsettled if row.kind == "look")
     seen_to = sum(settle_child(runtime, row.run_id) for row in unsettled if row.kind == "child")
@@ -67,8 +72,10 @@ def sweep(runtime: Runtime) -> SweepReport:
 
 
 def sweep_for_beat(runtime: Runtime) -> SweepReport:
-    """The sweep that beat sends for, in case workers do not sweep by themselves."""
+    """The sweep that beat sends for, in case workers do not sweep by themselves; looks at all schedules, too, since the
+    messages that beat sends for each may be lost."""
     report = sweep(runtime)
+    slots.start_due(runtime)
     heartbeat(runtime, BEAT, BEAT_SWEEP_SECONDS)
     return report
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,14 +21,34 @@ FIRST_POLL_SECONDS, POLL_FACTOR, MAX_POLL_SECONDS, PATIENT_POLL_SECONDS, PATIENT
 
 def poll(look: Callable[[], T | None], timeout: float | None) -> T | None:
     """What ``look`` finds; None: nothing within ``timeout`` seconds. A timeout of None is no limit."""
+    pauses = _pauses(timeout)
+    while (found := look()) is None:
+        pause = next(pauses, None)
+        if pause is None:
+            return None
+        time.sleep(pause)
+    return found
+
+
+async def apoll(look: Callable[[], Awaitable[T | None]], timeout: float | None) -> T | None:
+    """:func:`poll`, awaited. No thread waits along."""
+    pauses = _pauses(timeout)
+    while (found := await look()) is None:
+        pause = next(pauses, None)
+        if pause is None:
+            return None
+        await asyncio.sleep(pause)
+    return found
+
+
+def _pauses(timeout: float | None) -> Iterator[float]:
+    """The seconds between two looks, until the time is over."""
     began = time.monotonic()
     pause = FIRST_POLL_SECONDS
-    while (found := look()) is None:
+    while True:
         waited = time.monotonic() - began
         if timeout is not None and waited >= timeout:
-            return None
-        left = pause if timeout is None else min(pause, timeout - waited)
-        time.sleep(left)
+            return
+        yield pause if timeout is None else min(pause, timeout - waited)
         longest = MAX_POLL_SECONDS if waited < PATIENT_AFTER_SECONDS else PATIENT_POLL_SECONDS
         pause = min(pause * POLL_FACTOR, longest)
-    return found

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from functools import cached_property
 from typing import Any
+from uuid import UUID
 
 from celery import Celery
 from kombu import Connection
@@ -26,16 +29,20 @@ class Publisher:
         self._app = app
         self._timeout = settings.publish_timeout_seconds
 
-    def publish(self, *hints: Hint) -> int:
-        """Sends the hints until the broker fails; says how many were sent. Never raises."""
+    def publish(self, *hints: Hint, within_seconds: float = math.inf) -> int:
+        """Sends the hints, the most urgent first, until the broker fails or the time is over; says how many were sent.
+        Never raises."""
         sent = 0
         if not hints:
             return sent
+        deadline = time.monotonic() + within_seconds
         connection = self._connection
         broken = (*connection.connection_errors, *connection.channel_errors, KombuError, OSError)
         try:
             with producers[connection].acquire(block=True, timeout=self._timeout) as producer:
-                for hint in hints:
+                for hint in sorted(hints, key=self._urgency):
+                    if sent and time.monotonic() > deadline:
+                        break
                     sent += self._try_to_send(producer, hint, broken)
         except Exception as error:
             log.warning(
@@ -43,6 +50,12 @@ class Publisher:
                 sent, len(hints), type(error).__name__,
             )  # fmt: skip
         return sent
+
+    def _urgency(self, hint: Hint) -> tuple[int, UUID]:
+        """As the broker has it: RabbitMQ delivers high numbers first, Redis low ones; without a priority it is 0 to
+        both. What is equal goes by age: ids are in the order of creation."""
+        number = hint.priority or 0
+        return (number if self._scheme in _REDIS else -number, hint.flow_id)
 
     def _try_to_send(self, producer: Any, hint: Hint, broken: tuple[type[BaseException], ...]) -> bool:
         try:
@@ -86,15 +99,19 @@ class Publisher:
             connect_timeout=self._timeout, transport_options=self._transport_options(), heartbeat=0
         )
 
+    @cached_property
+    def _scheme(self) -> str:
+        return str(self._app.conf.broker_write_url or "").partition(":")[0].partition("+")[0]
+
     def _transport_options(self) -> dict[str, Any]:
-        scheme = str(self._app.conf.broker_write_url or "").partition(":")[0].partition("+")[0]
-        if scheme in ("redis", "rediss", "sentinel"):
+        if self._scheme in _REDIS:
             return {**_ONE_RETRY, "socket_timeout": self._timeout, "socket_connect_timeout": self._timeout}
-        if scheme in ("amqp", "amqps", "pyamqp"):
+        if self._scheme in ("amqp", "amqps", "pyamqp"):
             # Without confirms a refused message is dropped in silence; then only the sweep would notice.
             bounds = {"read_timeout": self._timeout, "write_timeout": self._timeout}
             return {**_ONE_RETRY, **bounds, "confirm_publish": True}
         return {}
 
 
+_REDIS = ("redis", "rediss", "sentinel")
 _ONE_RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.2}

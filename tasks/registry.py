@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from celery_flows.store.errors import InvalidData
-from celery_flows.store.validation import check_name
+from celery_flows.store.validation import MAX_PAYLOAD_BYTES, check_name, check_priority
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.errors import UnknownFlow
+from celery_flows.tasks.handle import FlowHandle
 from celery_flows.tasks.options import StepOptions, check_duration
 from celery_flows.tasks.payloads import Codec, codec_for
 from celery_flows.tasks.retry import Retry
+from celery_flows.tasks.schedule import Schedule
+from celery_flows.tasks.start import Options, start
+from celery_flows.tasks.start_async import AsyncStarts
+from celery_flows.tasks.start_many import listed, start_many, wanted
+from celery_flows.tasks.transaction import Transaction
 
 if TYPE_CHECKING:
-    from celery_flows.tasks.handle import FlowHandle
     from celery_flows.tasks.runtime import Runtime
-    from celery_flows.tasks.transaction import Transaction
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-class FlowDefinition(Generic[In, Out]):
+class FlowDefinition(AsyncStarts[In, Out]):
     """A flow function and its name. Make one with ``@flows.flow(name)``."""
 
     def __init__(
@@ -38,17 +42,23 @@ class FlowDefinition(Generic[In, Out]):
         version: int = 1,
         retry: Retry | None = None,
         timeout: timedelta | None = None,
+        priority: int | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         self.name = check_name("flow name", name)
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise InvalidData(f"version of flow {name}", "must be a whole number from 1")
         self.version = version
         self.queue = queue
+        self.priority = None if priority is None else check_priority(priority)
+        self.schedule = schedule
         self.function = function
         self.defaults = StepOptions(retry=retry)
         self.timeout = None if timeout is None else check_duration(f"timeout of flow {name}", timeout)
         self._runtime = runtime
         self.takes_input, self.input, self.output = _codecs(name, function)
+        if schedule is not None:
+            _check_takes_a_slot(self)
 
     def start(
         self,
@@ -57,6 +67,9 @@ class FlowDefinition(Generic[In, Out]):
         key: str | None = None,
         owner: str = "default",
         goal: str = "",
+        priority: int | None = None,
+        countdown: float | timedelta | None = None,
+        eta: datetime | None = None,
         session: Transaction | None = None,
     ) -> FlowHandle[Out]:
         """Starts a flow; once this has committed, the flow reaches a terminal status.
@@ -70,6 +83,9 @@ class FlowDefinition(Generic[In, Out]):
             key: idempotency key within this definition: the same key again gives the flow that is there.
             owner: the owner session key, e.g. ``tenant:acme``.
             goal: for people.
+            priority: of its messages, 0 to 255, as your broker has it; None: the definition's.
+            countdown: seconds, or a timedelta, before it begins, by the database's clock. Nothing is sent before.
+            eta: the time at which it begins, with a time zone; one that has passed is due at once.
 
         Raises:
             InvalidData: the input is not what the function takes, or cannot be JSON. Nothing was written.
@@ -77,9 +93,38 @@ class FlowDefinition(Generic[In, Out]):
             StartPending: another transaction that is still open holds the key.
             StoreError: the database could not be reached.
         """
-        from celery_flows.tasks.start import start
+        return start(self._runtime, self, input, key, Options(owner, goal, priority, countdown, eta), session)
 
-        return start(self._runtime, self, input, key=key, owner=owner, goal=goal, transaction=session)
+    def start_many(
+        self,
+        inputs: Iterable[In | None],
+        *,
+        keys: Iterable[str | None] | None = None,
+        owner: str = "default",
+        goal: str = "",
+        priority: int | None = None,
+        countdown: float | timedelta | None = None,
+        eta: datetime | None = None,
+        session: Transaction | None = None,
+    ) -> list[FlowHandle[Out]]:
+        """Starts a flow for each input, all in one transaction or none; gives their handles in order.
+
+        Workers find them by their sweeps: no message is sent for each, so it takes seconds for thousands, and a broker
+        that cannot be reached holds up nothing. The options are those of :meth:`start`, and hold for each.
+
+        Args:
+            inputs: what the function takes, one for each flow. All are held in memory.
+            keys: an idempotency key, or None, for each input: one that was used before gives the flow that is there.
+
+        Raises:
+            InvalidData: naming an input or key by its number. Nothing was written.
+            KeyConflict: a key was used with other input. Nothing was written.
+            StartPending: another transaction that is still open holds one of the keys.
+            StoreError: the database could not be reached.
+        """
+        options = Options(owner, goal, priority, countdown, eta)
+        asked = wanted(self, listed("inputs", inputs), None if keys is None else listed("keys", keys), options)
+        return start_many(self._runtime, self, asked, options, session)
 
     def s(self, input: In | None = None) -> ChildFlow[Out]:
         """This flow with an input, to be run as a step of another: ``run.gather(definition.s(each) for each in …)``."""
@@ -91,11 +136,27 @@ class FlowDefinition(Generic[In, Out]):
         Raises:
             InvalidData: it is not what the function takes, or cannot be JSON.
         """
+        text = self.encoded_text(input)
+        return None if text is None else json.loads(text)
+
+    def encoded_text(self, input: Any) -> str | None:
+        """:meth:`encoded_input` as JSON text."""
         if self.takes_input:
-            return json.loads(self.input.encode("input", input, self._runtime.settings.max_payload_bytes))
+            text = self.input.encode("input", input, self._runtime.settings.max_payload_bytes)
+            return None if text == "null" else text
         if input is not None:
             raise InvalidData("input", f"flow {self.name!r} takes none")
         return None
+
+
+def _check_takes_a_slot(definition: FlowDefinition[Any, Any]) -> None:
+    if definition.takes_input:
+        try:
+            definition.input.encode("input", datetime.now(UTC), MAX_PAYLOAD_BYTES)
+        except InvalidData:
+            raise InvalidData(
+                f"flow {definition.name}", "has a schedule: its input must be a datetime, the slot it is for, or none"
+            ) from None
 
 
 def _codecs(name: str, function: Callable[..., Any]) -> tuple[bool, Codec, Codec]:

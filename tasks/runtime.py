@@ -17,6 +17,7 @@ from celery.utils.imports import import_from_cwd
 from celery_flows.store import FlowManager, InvalidData, SqlFlowStore, dispatch, schema
 from celery_flows.store.engines import make_engine
 from celery_flows.store.script import Call
+from celery_flows.tasks.ahead import Ahead
 from celery_flows.tasks.polling import poll
 from celery_flows.tasks.publish import Publisher
 from celery_flows.tasks.registry import Registry
@@ -31,6 +32,7 @@ class Runtime:
         self.app = app
         self.registry = Registry()
         self.stopping = Stopping()
+        self.ahead = Ahead()
         self._store = store
         self._opening = threading.Lock()
         refer = weakref.WeakMethod(self._after_fork)

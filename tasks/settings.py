@@ -36,7 +36,10 @@ class FlowSettings(BaseSettings):
     sweep_seconds: float = Field(
         1.0, gt=0, le=3600, description="How often each worker looks for due work: how late a timer may fire."
     )
-    sweep_limit: int = Field(500, ge=1, le=10_000, description="How many due rows one look takes at most.")
+    sweep_limit: int = Field(
+        500, ge=1, le=10_000, description="How many due rows one look takes at most, and how many messages a worker's "
+        "looks may be ahead of what has been taken.",
+    )  # fmt: skip
     republish_seconds: float = Field(
         5.0, gt=0, le=3600, description="How long a published message may stay unclaimed before it is sent again; "
         "doubled each time.",

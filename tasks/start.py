@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from celery_flows.store import Flow, FlowNotFound, KeyConflict, StartPending, StoreError
+from celery_flows.store import Flow, FlowNotFound, InvalidData, KeyConflict, SqlFlowStore, StartPending, StoreError
 from celery_flows.store import operations as op
 from celery_flows.store.changes import Drive
+from celery_flows.store.clock import as_utc
 from celery_flows.store.dispatch import Hint
 from celery_flows.store.script import LOCK_NOT_AVAILABLE, Call
+from celery_flows.store.validation import check_priority
 from celery_flows.tasks.handle import FlowHandle
 from celery_flows.tasks.transaction import Transaction, after_commit, transaction_of
 
@@ -18,46 +24,118 @@ if TYPE_CHECKING:
 
 Out = TypeVar("Out")
 
+FARTHEST_DAYS = 36_500
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How flows are to be started: what :meth:`FlowDefinition.start` takes besides the input."""
+
+    owner: str = "default"
+    goal: str = ""
+    priority: int | None = None
+    countdown: float | timedelta | None = None
+    eta: datetime | None = None
+
 
 def start(
     runtime: Runtime,
     definition: FlowDefinition[Any, Out],
     input: Any,
-    *,
     key: str | None,
-    owner: str,
-    goal: str,
-    transaction: Transaction | None,
+    options: Options,
+    session: Transaction | None,
 ) -> FlowHandle[Out]:
     """Stores the flow, and publishes its drive message after the commit. See :meth:`FlowDefinition.start`."""
-    caller = None if transaction is None else transaction_of(transaction)
+    caller = None if session is None else transaction_of(session)
     store = runtime.store if caller is None else runtime.store.using(caller)
+    encoded = definition.encoded_input(input)
+    drive, told = drive_row(runtime, store, definition, options)
     flow = Flow(
         controller_id=definition.name,
         definition_version=definition.version,
-        deadline_at=None if definition.timeout is None else store.run(op.now) + definition.timeout,
-        goal=goal,
-        owner_session_key=owner,
+        deadline_at=deadline_of(store, definition, drive),
+        goal=options.goal,
+        owner_session_key=options.owner,
         idempotency_key=key,
-        input_json=definition.encoded_input(input),
+        input_json=encoded,
     )
-    drive = Drive(definition.name, definition.queue, first_pause=runtime.first_pause)
-    call = Call(op.create_flow, (flow, {}, drive))
+    call = Call(op.create_flow, (flow, told, drive))
     try:
         created = store.attempt(call, settled=Call(op.find_created, (flow,)), waits_for_locks=key is None)
     except StoreError as error:
-        if key is not None and _lock_timed_out(error):
+        if key is not None and lock_timed_out(error):
             raise StartPending(definition.name, key) from error
         raise
     if not created:
         assert key is not None
         return FlowHandle(runtime, _existing(store, flow, key).id, definition)
-    hint = Hint(str(flow.id), flow.id, "drive", definition.name, definition.queue)
-    if caller is None:
-        runtime.publisher.publish(hint)
-    else:
-        after_commit(caller, lambda: runtime.publisher.publish(hint))
+    if drive.published:
+        hint = Hint(str(flow.id), flow.id, "drive", drive.task, drive.queue, drive.priority)
+        once_committed(caller, lambda: runtime.publisher.publish(hint))
     return FlowHandle(runtime, flow.id, definition)
+
+
+def once_committed(caller: Transaction | None, action: Callable[[], object]) -> None:
+    """Acts after the caller's commit; without a caller all is committed, so now."""
+    if caller is None:
+        action()
+    else:
+        after_commit(caller, action)
+
+
+def drive_row(
+    runtime: Runtime, store: SqlFlowStore, definition: FlowDefinition[Any, Any], options: Options
+) -> tuple[Drive, dict[str, Any]]:
+    """The drive row of a new flow, and what its first event tells of a delay.
+
+    Raises:
+        InvalidData: the priority or the delay is none, or lies past ``flow_timer_horizon_days``.
+    """
+    priority = definition.priority if options.priority is None else check_priority(options.priority)
+    row = Drive(definition.name, definition.queue, priority, runtime.first_pause)
+    if options.countdown is not None and options.eta is not None:
+        raise InvalidData("eta", "cannot be given together with countdown")
+    if (seconds := _seconds(options.countdown)) > 0:
+        _check_horizon(runtime, "countdown", timedelta(seconds=seconds))
+        return replace(row, first_pause=seconds, published=False), {"countdown": seconds}
+    if options.eta is not None:
+        eta = _moment(options.eta)
+        if runtime.settings.timer_horizon_days is not None:
+            _check_horizon(runtime, "eta", eta - store.run(op.now))
+        return replace(row, due_at=eta, published=False), {"eta": eta.isoformat()}
+    return row, {}
+
+
+def deadline_of(store: SqlFlowStore, definition: FlowDefinition[Any, Any], drive: Drive) -> datetime | None:
+    """When a flow has to have ended that begins as its drive row says, by the database's clock."""
+    if definition.timeout is None:
+        return None
+    held_back = timedelta(seconds=0.0 if drive.published else drive.first_pause)
+    return (drive.due_at or store.run(op.now) + held_back) + definition.timeout
+
+
+def _seconds(countdown: Any) -> float:
+    if countdown is None:
+        return 0.0
+    seconds = countdown.total_seconds() if isinstance(countdown, timedelta) else countdown
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        raise InvalidData("countdown", "must be seconds or a timedelta")
+    if seconds > FARTHEST_DAYS * 86_400:
+        raise InvalidData("countdown", f"is more than {FARTHEST_DAYS} days")
+    return float(seconds)
+
+
+def _moment(eta: Any) -> datetime:
+    if not isinstance(eta, datetime):
+        raise InvalidData("eta", "must be a datetime with a time zone")
+    return as_utc("eta", eta)
+
+
+def _check_horizon(runtime: Runtime, field: str, away: timedelta) -> None:
+    days = runtime.settings.timer_horizon_days
+    if days is not None and away > timedelta(days=days):
+        raise InvalidData(field, f"is more than {days:g} days away (flow_timer_horizon_days)")
 
 
 def _existing(store: Any, flow: Flow, key: str) -> Flow:
@@ -69,5 +147,6 @@ def _existing(store: Any, flow: Flow, key: str) -> Flow:
     return known
 
 
-def _lock_timed_out(error: StoreError) -> bool:
+def lock_timed_out(error: StoreError) -> bool:
+    """Whether somebody held a lock for longer than this waits."""
     return getattr(getattr(error.__cause__, "orig", None), "sqlstate", None) == LOCK_NOT_AVAILABLE

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -33,12 +34,14 @@ def transaction_of(given: Any) -> Transaction:
     if isinstance(given, sa.Connection | Session):
         return given
     if isinstance(given, AsyncSession | AsyncConnection | async_scoped_session):
-        raise InvalidData("session", "is an async one; call this inside `await session.run_sync(lambda session: …)`")
+        raise InvalidData("session", "is an async one; await the method of this name that begins with an a, as astart")
     raise InvalidData("session", f"must be a SQLAlchemy Session or Connection, not {type(given).__name__}")
 
 
 def after_commit(transaction: Transaction, action: Callable[[], object]) -> None:
     """Runs ``action`` once the caller's transaction has committed; never, if it rolls back. Its errors are logged.
+
+    Where an event loop runs, as under an AsyncSession, that is in a thread: it must not wait for a broker.
 
     For a Session that is right after the commit. A bare Connection tells only that a commit is about to be made, so
     there the action waits until the connection goes back to its pool, and must not use the database.
@@ -89,11 +92,25 @@ class _Pending:
 
     def _run(self) -> None:
         due, self.committed = self.committed, []
-        for action in due:
-            try:
-                action()
-            except Exception as error:  # the caller has committed: what is left to do, the sweep does
-                log.warning("what was to follow a commit is left to the sweep (%s)", type(error).__name__)
+        if due:
+            _off_the_loop(lambda: _run_all(due))
+
+
+def _run_all(actions: Sequence[Callable[[], object]]) -> None:
+    for action in actions:
+        try:
+            action()
+        except Exception as error:  # the caller has committed: what is left to do, the sweep does
+            log.warning("what was to follow a commit is left to the sweep (%s)", type(error).__name__)
+
+
+def _off_the_loop(action: Callable[[], object]) -> None:
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # there is none
+        action()
+    else:
+        loop.run_in_executor(None, action)
 
 
 def _pending(info: Any, step: Callable[[_Pending], None]) -> None:

@@ -11,7 +11,7 @@ from celery_flows.store import StoreError, health, schema
 from celery_flows.store import operations as op
 from celery_flows.store.clock import boottime
 from celery_flows.store.health import Heartbeat, Row
-from celery_flows.tasks import maintenance
+from celery_flows.tasks import maintenance, slots
 from celery_flows.tasks.errors import HistoryMismatch
 from celery_flows.tasks.publish import DRIVE_TASK
 from celery_flows.tasks.runtime import Runtime
@@ -71,6 +71,12 @@ KINDS = {
         False, "beat's sweep has not run: beat does not run, or no worker takes its tasks", "start `celery -A APP beat`"
     ),
     "chore_silent": Kind(False, "a chore of beat's has not been done when it should", "look at beat and its log"),
+    "slot_missed": Kind(
+        False,
+        "the time at which a schedule was to start a flow has passed, and nobody has looked: beat does not run, or no "
+        "worker takes its tasks",
+        "start `celery -A APP beat`; what is made up for then, the flow's catch_up says",
+    ),
     "unknown_flow": Kind(
         True,
         "flows are open whose definition this application does not have; they wait for a worker that does",
@@ -175,6 +181,8 @@ def _chores(runtime: Runtime, now: datetime) -> Iterator[Finding]:
     for name, kind in (maintenance.SWEEP, "sweep_silent"), (maintenance.BEAT, "beat_silent"):
         if is_used and (silence := _silence(beats.get(name), now)):
             yield Finding(kind, silence)
+    for flow, slot in slots.missed(runtime):
+        yield Finding("slot_missed", f"flow {flow!r} at {slot.isoformat()}")
     for name in maintenance.PRUNE, maintenance.VERIFY:
         if name in beats and (silence := _silence(beats[name], now)):
             yield Finding("chore_silent", f"{name}: {silence}")

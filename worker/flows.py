@@ -11,19 +11,22 @@ from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 from celery import Celery
+from celery.schedules import crontab
 from sqlalchemy.orm import Session
 
 from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
+from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.celery_tasks import register
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.handle import FlowHandle
-from celery_flows.tasks.registry import FlowDefinition, Registry
+from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.retry import Retry
 from celery_flows.tasks.run import Run
 from celery_flows.tasks.runtime import Runtime
+from celery_flows.tasks.schedule import CatchUp, Overlap, parse_schedule
 from celery_flows.tasks.settings import FlowSettings
 from celery_flows.worker.lifecycle import install
-from celery_flows.worker.schedule import add_beat_entries
+from celery_flows.worker.schedule import add_beat_entries, add_late_beat_entry
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -55,7 +58,7 @@ class Flows:
         self.runtime = Runtime(app, store)
         register(app, self.runtime)
         install(app, self.runtime)
-        add_beat_entries(app)
+        add_beat_entries(app, self.runtime)
         _installed[app] = self
 
     @classmethod
@@ -95,6 +98,10 @@ class Flows:
         version: int = 1,
         retry: Retry | None = None,
         timeout: timedelta | None = None,
+        priority: int | None = None,
+        schedule: crontab | timedelta | float | None = None,
+        catch_up: CatchUp = "last",
+        overlap: Overlap = "allow",
     ) -> _Define:
         """Registers a flow function under a name, which is for good: flows that are open are driven by it.
 
@@ -105,13 +112,24 @@ class Flows:
             retry: how often and when its steps are tried again, where nothing else is said.
             timeout: how long after its start a flow has to end; past that it is told (:class:`FlowTimedOut`), and
                 fails.
+            priority: of its messages, 0 to 255, as your broker has it.
+            schedule: have beat start it: a Celery crontab, by the clock of the app's time zone, or an interval as
+                timedelta or seconds. One flow for each slot, however many beats there are. Its input, if it takes any,
+                is the slot's time.
+            catch_up: what becomes of slots at which nobody looked: the last one is made up for, or all (at most 100),
+                or none.
+            overlap: "skip" leaves a slot out if the flow of the one before is still open.
 
         Raises:
             InvalidData: name and version are taken, the function takes more than the run and one input, or an option is
                 wrong.
         """
-        define = partial(FlowDefinition, self.runtime, name, queue=queue, version=version, retry=retry, timeout=timeout)
-        return _Define(define, self.runtime.registry)
+        by = None if schedule is None else parse_schedule(name, schedule, catch_up, overlap)
+        define = partial(
+            FlowDefinition, self.runtime, name, queue=queue, version=version, retry=retry, timeout=timeout,
+            priority=priority, schedule=by,
+        )  # fmt: skip
+        return _Define(define, self.runtime)
 
     def handle(self, flow_id: UUID | str) -> FlowHandle[Any]:
         """The handle of a flow by its id.
@@ -138,12 +156,18 @@ class Flows:
         """
         return emit(self.runtime, topic, correlation_id, payload, session)
 
+    async def aemit(
+        self, topic: str, correlation_id: str, payload: Any = None, *, session: AsyncTransaction | None = None
+    ) -> UUID:
+        """:meth:`emit`, awaited; ``session`` is an AsyncSession or AsyncConnection."""
+        return await run(self.runtime, session, partial(self.emit, topic, correlation_id, payload))
+
 
 class _Define:
     """What ``@flows.flow(name)`` gives: takes the function, gives its definition."""
 
-    def __init__(self, define: Callable[..., FlowDefinition[Any, Any]], registry: Registry) -> None:
-        self._define, self._registry = define, registry
+    def __init__(self, define: Callable[..., FlowDefinition[Any, Any]], runtime: Runtime) -> None:
+        self._define, self._runtime = define, runtime
 
     @overload
     def __call__(self, function: Callable[[Run, In], Out]) -> FlowDefinition[In, Out]: ...
@@ -151,5 +175,6 @@ class _Define:
     def __call__(self, function: Callable[[Run], Out]) -> FlowDefinition[None, Out]: ...
     def __call__(self, function: Callable[..., Any]) -> FlowDefinition[Any, Any]:
         definition = self._define(function=function)
-        self._registry.add(definition)
+        self._runtime.registry.add(definition)
+        add_late_beat_entry(self._runtime.app, definition)
         return definition

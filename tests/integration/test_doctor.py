@@ -18,7 +18,7 @@ from celery_flows.store import dispatch, health, schema
 from celery_flows.store import operations as op
 from celery_flows.store.schema import VERSION_TABLE
 from celery_flows.store.tables import flow_dispatch, flow_heartbeats, flow_steps, flows
-from celery_flows.tasks import maintenance
+from celery_flows.tasks import maintenance, slots
 from celery_flows.tasks.runtime import Runtime, claim_token
 from celery_flows.worker import doctor
 from celery_flows.worker.doctor import KINDS, Finding, examine
@@ -181,6 +181,23 @@ def test_a_chore_that_beat_has_stopped_doing_is_found(bench: Bench) -> None:
     chores_done(bench)
     backdate(bench, flow_heartbeats, "at", seconds=3 * 10 + 40)
     assert found(bench, "chore_silent") == ["prune: last seen 70 s ago", "verify: last seen 70 s ago"]
+
+
+def test_a_slot_that_has_passed_and_that_nobody_looked_at_is_found(bench: Bench) -> None:
+    @bench.flows.flow("hourly", schedule=timedelta(hours=1))
+    def hourly(run: Run) -> None: ...
+
+    assert found(bench, "slot_missed") == []  # nobody has looked yet: it is new
+    slots.start_due(bench.runtime)
+    assert found(bench, "slot_missed") == []
+    last = {"slot": (bench.store.run(op.now) - timedelta(hours=3)).isoformat(), "flow_id": None}
+    with bench.store.engine.begin() as connection:
+        connection.execute(sa.update(flow_heartbeats).values(report=last))
+    [about] = found(bench, "slot_missed")
+    assert about.startswith("flow 'hourly' at ")
+    slots.start_due(bench.runtime)
+    assert found(bench, "slot_missed") == []
+    bench.work()
 
 
 def test_what_an_audit_found_is_told_until_it_is_mended(bench: Bench) -> None:

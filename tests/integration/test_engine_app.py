@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from celery import Celery, current_app
 from celery.schedules import crontab
 
 from celery_flows import Flows, InvalidData, Run, SqlFlowStore
 from celery_flows.store.engines import make_engine
+from celery_flows.store.tables import flows as flows_table
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
 
@@ -37,7 +40,7 @@ def test_the_users_app_stays_as_it_was() -> None:
 
     assert dict(with_flows.conf.table()) == dict(plain.conf.table())
     assert set(with_flows.tasks) - set(plain.tasks) == {
-        "flows.drive", "flows.step", "flows.sweep", "flows.prune", "flows.verify", "flows.start",
+        "flows.drive", "flows.step", "flows.sweep", "flows.prune", "flows.verify", "flows.look", "flows.start",
     }  # fmt: skip
     greet = with_flows.tasks["shop.greet"]
     assert (greet.acks_late, greet("you"), type(greet).__mro__[1]) == (True, "hello you", with_flows.Task)
@@ -49,7 +52,7 @@ def test_our_tasks_keep_their_own_options_in_any_app() -> None:
     app = shop(task_ignore_result=False, task_reject_on_worker_lost=True, task_track_started=True)
     Flows(app)
     app.finalize()
-    for name in ("flows.drive", "flows.step", "flows.sweep", "flows.prune", "flows.verify"):
+    for name in ("flows.drive", "flows.step", "flows.sweep", "flows.prune", "flows.verify", "flows.look"):
         task = app.tasks[name]
         assert (task.acks_late, task.reject_on_worker_lost, task.ignore_result) == (False, False, True)
         assert (task.serializer, task.rate_limit, task.max_retries) == ("json", None, 0)
@@ -129,6 +132,59 @@ def test_any_celery_client_starts_a_flow_once_per_message(bench: Bench) -> None:
     handle = bench.flows.handle(first)
     assert bench.finish(handle) == 8
     assert handle.get().owner_session_key == "tenant:acme"
+
+
+def refused(bench: Bench, **message: Any) -> str:
+    """What a client is told whose message starts nothing."""
+    answer = bench.app.tasks["flows.start"].apply(kwargs=message, task_id="one")
+    assert answer.failed()
+    assert bench.query(sa.select(flows_table.c.id)) == []
+    return str(answer.result)
+
+
+def test_a_message_may_say_how_to_start(bench: Bench) -> None:
+    @bench.flows.flow("doubles")
+    def doubles(run: Run, n: int) -> int:
+        return 2 * n
+
+    start = bench.app.tasks["flows.start"]
+    options = {"key": "k", "owner": "tenant:acme", "goal": "to double", "priority": 9, "eta": "2099-01-01T00:00:00Z"}
+    handle = bench.flows.handle(str(start.apply(kwargs={"name": "doubles", "input": 4, **options}, throw=True).result))
+    flow, [row] = handle.get(), bench.rows(handle.id)
+    assert (flow.idempotency_key, flow.owner_session_key, flow.goal) == ("k", "tenant:acme", "to double")
+    assert (row.priority, row.due_at, row.publish_count) == (9, datetime(2099, 1, 1, tzinfo=UTC), 0)
+    later = {"name": "doubles", "input": 4, "countdown": 3600, "key": None}
+    first, again = (str(start.apply(kwargs=later, task_id="one", throw=True).result) for _ in range(2))
+    assert first == again
+    assert bench.claimable() == []
+    bench.pass_time()
+    bench.work()
+
+
+def test_a_message_that_is_wrong_is_answered_by_one_sentence_without_its_input(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    @bench.flows.flow("doubles")
+    def doubles(run: Run, n: int) -> int:
+        return 2 * n
+
+    secret = "hunter2"
+    good = {"name": "doubles", "input": 4}
+    assert refused(bench, **{**good, "input": secret}).startswith("input: ")
+    assert refused(bench, **{**good, "colour": secret}) == (
+        "options: 'colour' is none; there are key, owner, goal, priority, countdown, eta"
+    )
+    assert refused(bench, **{**good, "eta": secret}).startswith("eta: must be a time in ISO 8601")
+    assert refused(bench, **{**good, "eta": "2099-01-01T00:00:00"}).startswith("eta: needs a time zone")
+    assert refused(bench, **{**good, "countdown": secret}) == "countdown: must be seconds or a timedelta"
+    assert refused(bench, **{**good, "priority": secret}) == "priority: must be a whole number from 0 to 255"
+    assert refused(bench, **{**good, "session": secret}).startswith("options: 'session' is none")
+    assert refused(bench, **{**good, "owner": ["a"]}).startswith("owner_session_key: ")
+    assert refused(bench, input=secret) == "name: must be a string, not NoneType"
+    assert refused(bench, name="unknown", input=secret) == ("no flow definition 'unknown'; registered are: doubles")
+    assert caplog.text.count("a start is refused: ") == 10
+    assert secret not in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_the_chores_run_as_tasks(bench: Bench) -> None:

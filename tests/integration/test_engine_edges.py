@@ -50,7 +50,7 @@ def test_a_scoped_session_is_the_session_of_this_thread(bench: Bench) -> None:
 
 @pytest.mark.parametrize("given", [AsyncSession(), object.__new__(AsyncConnection)], ids=["session", "connection"])
 def test_an_async_session_is_refused_with_what_to_do(given: Any) -> None:
-    with pytest.raises(InvalidData, match=r"session: is an async one; call this inside `await session\.run_sync"):
+    with pytest.raises(InvalidData, match=r"session: is an async one; await the method"):
         transaction_of(given)
 
 

@@ -183,8 +183,8 @@ def keep_expired_worker(conn: Connection, before: Any, answer: Any, row: Any, *_
 
 
 def never_held(original: Any) -> Any:
-    def mutated(conn: Connection, *args: Any) -> Any:
-        return [replace(row, was_held=False) for row in original(conn, *args)]
+    def mutated(conn: Connection, *args: Any, **options: Any) -> Any:
+        return [replace(row, was_held=False) for row in original(conn, *args, **options)]
 
     return like(original, mutated)
 

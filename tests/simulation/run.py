@@ -20,6 +20,7 @@ from celery_flows.tasks import drive as drive_module
 from celery_flows.tasks import maintenance
 from celery_flows.tasks import runtime as runtime_module
 from celery_flows.tasks import steps as steps_module
+from celery_flows.tasks.ahead import Ahead
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.steps import Delivery, run_step
 from tests.simulation.flows import MAX_CRASHES, flows, leases_of, observer, store
@@ -267,5 +268,6 @@ def own_machine() -> Iterator[None]:
             patches.enter_context(patch.object(module, "boottime", boottime))
         tokens = SimpleNamespace(token_hex=lambda count: World.current.token_hex(count))
         patches.enter_context(patch.object(runtime_module, "secrets", tokens))
+        patches.enter_context(patch.object(flows.runtime, "ahead", Ahead()))
         patches.enter_context(patch.object(uuid_utils.compat, "uuid7", lambda: World.current.new_id()))
         yield

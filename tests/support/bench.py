@@ -49,16 +49,25 @@ class Bench(Hands):
 
     name = "bench"
 
-    def __init__(self, url: str, *, store: SqlFlowStore | None = None, broker: str = "memory://", **conf: Any) -> None:
+    def __init__(
+        self, url: str, *, store: SqlFlowStore | None = None, broker: str = "memory://", app: Celery | None = None,
+        **conf: Any,
+    ) -> None:  # fmt: skip
         self.url = url
         self.queue = f"bench-{next(_numbers)}"
-        self.app = Celery(self.queue, broker=broker, set_as_current=False)
-        self.app.conf.update(task_default_queue=self.queue, broker_connection_retry=False)
+        self.app = app or Celery(self.queue, broker=broker, set_as_current=False)
+        self.app.conf.update(broker_url=broker, task_default_queue=self.queue, broker_connection_retry=False)
         self.app.conf.update({f"flow_{name}": value for name, value in conf.items()})
         self.store = store or SqlFlowStore(make_engine(url))
-        self.flows = Flows(self.app, store=self.store)
+        self.flows = Flows(self.app, store=self.store) if app is None else self._served(app)
         super().__init__(self.flows.runtime)
         self.effects: list[Any] = []
+
+    def _served(self, app: Celery) -> Flows:
+        """The flows of an application of somebody's own, over this bench's database."""
+        flows = Flows.of(app)
+        flows.runtime._store = self.store
+        return flows
 
     def close(self) -> None:
         """Closes the connections to the database."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ BROKER, DATABASE, QUEUE, EFFECTS, READY = "SHOP_BROKER", "SHOP_DATABASE", "SHOP_
 USED_EARLY = "SHOP_USED_EARLY"  # there at all: the store is used at import, before the pool forks
 GIVEN = "SHOP_GIVEN"  # there at all: the shop makes its store itself
 CONF = "SHOP_CONF"  # settings of its Celery app, as JSON
+BELLS = "SHOP_BELLS"  # seconds between two rings of its bell, a flow that the clock starts; not there: it has none
 DEFAULTS = "SHOP_DEFAULTS"  # there at all: durations are as in a real shop
 # Short, so that tests of recovery are: a real shop leaves these as they are.
 SHORT = {"flow_lease_seconds": 3, "flow_sweep_seconds": 0.2, "flow_republish_seconds": 2}
@@ -242,6 +243,12 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
         if kind == "processes":
             told.append(run.options(retry=Retry(2, initial=timedelta(milliseconds=10))).step(dawdle))
         return told
+
+    if BELLS in environment:
+
+        @flows.flow("shop/bell", schedule=float(environment[BELLS]))
+        def bell(run: Run, slot: datetime) -> str:
+            return run.step(note, f"bell {slot.isoformat()}")
 
     return Shop(
         app, flows, effects, fulfil, held_step, held_inline, many_inline, delayed, swollen, private, retried, undone,

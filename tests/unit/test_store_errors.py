@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from celery_flows import store
@@ -38,6 +40,7 @@ ERRORS: list[tuple[FlowError, type[FlowError], dict[str, object], str]] = [
     (CancelPending(ID, "running", "finished"), IllegalTransition, {"status": "running"}, "cancel was requested"),
     (LeaseLost("r"), FlowError, {"run_id": "r"}, "another worker took over"),
     (StartPending("c", "k"), FlowError, {"controller_id": "c", "key": "k"}, "try again"),
+    (StartPending("c", None), FlowError, {"key": None}, "one of these keys: try again"),
     (StoreError("gone"), FlowError, {}, "gone"),
     (SchemaOutdated(None, "0001"), StoreError, {"found": None}, "run `celery -A APP flow migrate`"),
     (SchemaOutdated("0001", "0002"), StoreError, {"wanted": "0002"}, "at schema 0001, this version needs 0002"),
@@ -51,6 +54,12 @@ def test_an_error_carries_ids_and_says_what_to_do(
     assert type(error).__bases__ == (parent,)
     assert {name: getattr(error, name) for name in attributes} == attributes
     assert says in str(error)
+
+
+@pytest.mark.parametrize("error", [error for error, *_ in ERRORS], ids=lambda value: type(value).__name__)
+def test_an_error_survives_the_way_to_another_process(error: FlowError) -> None:
+    there = pickle.loads(pickle.dumps(error))
+    assert (type(there), str(there), vars(there)) == (type(error), str(error), vars(error))
 
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:

@@ -1,0 +1,97 @@
+"""Flows that the clock starts: one for each slot, whoever looks, and however many look at once.
+
+Which slot of a schedule was seen to last stands in ``flow_heartbeats``. Whoever sees to one holds that row's lock until
+the slot's flow is there too; and a flow's key is made of its slot, so that not even the loss of that row doubles it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+from sqlalchemy.dialects import postgresql, sqlite
+
+from celery_flows.store.changes import Drive
+from celery_flows.store.models import Flow
+from celery_flows.store.operations import create_flow, find_by_key, get_flow, now, reads, writes
+from celery_flows.store.tables import flow_heartbeats
+
+_h = flow_heartbeats.c
+
+Due = Callable[[datetime, datetime | None], Sequence[datetime]]  # of now, and the slot seen to last (None: never)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What came of a look at a schedule."""
+
+    started: list[UUID] = field(default_factory=list)
+    held_back: list[UUID] = field(default_factory=list)  # until their slots, which are yet to come
+    skipped: list[datetime] = field(default_factory=list)  # slots at which the flow of the one before was still open
+
+
+@writes
+def start_due(
+    conn: Connection, name: str, due: Due, flow_at: Callable[[datetime], Flow], drive: Drive, *, skips: bool
+) -> Seen:
+    """Starts a flow for each slot that is due, all in one transaction.
+
+    Args:
+        due: says which slots are.
+        skips: whether a slot is passed over while the flow of the last one is open.
+    """
+    row = _row(conn, name, lock=False)
+    if row is not None and not due(now(conn), _slot(row)):
+        return Seen()
+    row = _locked(conn, name)
+    at = now(conn)
+    slots, flow_id = due(at, _slot(row)), row.get("flow_id")
+    seen = Seen()
+    for slot in slots:
+        if skips and _is_open(conn, flow_id):
+            seen.skipped.append(slot)
+            continue
+        flow = flow_at(slot)
+        begins = drive if slot <= at else replace(drive, due_at=slot, published=False)
+        if create_flow(conn, flow, {"slot": slot.isoformat()}, begins):
+            (seen.started if begins.published else seen.held_back).append(flow.id)
+            flow_id = str(flow.id)
+        elif (known := find_by_key(conn, flow.controller_id, str(flow.idempotency_key))) is not None:
+            flow_id = str(known.id)
+    if slots or not row:
+        told = {"slot": (slots[-1] if slots else at).isoformat(), "flow_id": flow_id}
+        conn.execute(sa.update(flow_heartbeats).where(_h.name == name).values(at=at, report=told))
+    return seen
+
+
+@reads
+def last_slot(conn: Connection, name: str) -> datetime | None:
+    """The slot that was seen to last, or when somebody first looked at this schedule; None: nobody has."""
+    return _slot(_row(conn, name, lock=False))
+
+
+def _slot(row: Mapping[str, Any] | None) -> datetime | None:
+    return datetime.fromisoformat(row["slot"]) if row else None
+
+
+def _locked(conn: Connection, name: str) -> Mapping[str, Any]:
+    insert = postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert
+    first = insert(flow_heartbeats).values(name=name, at=now(conn), every_seconds=0.0, report={})
+    conn.execute(first.on_conflict_do_nothing())
+    return _row(conn, name, lock=True) or {}
+
+
+def _row(conn: Connection, name: str, *, lock: bool) -> Mapping[str, Any] | None:
+    query = sa.select(_h.report).where(_h.name == name)
+    report: Mapping[str, Any] | None = conn.scalar(query.with_for_update() if lock else query)
+    return report
+
+
+def _is_open(conn: Connection, flow_id: str | None) -> bool:
+    flow = None if flow_id is None else get_flow(conn, UUID(flow_id))
+    return flow is not None and not flow.status.is_terminal

@@ -1,0 +1,82 @@
+"""Schedule → store: starts what the clock says. Beat only says when to look; the database's clock says what is due."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from celery_flows.store import Flow, FlowError, schedules
+from celery_flows.store import operations as op
+from celery_flows.store.changes import Drive
+from celery_flows.store.dispatch import Hint
+from celery_flows.tasks.registry import FlowDefinition
+from celery_flows.tasks.schedule import ON_TIME_SECONDS, Schedule
+
+if TYPE_CHECKING:
+    from celery_flows.tasks.runtime import Runtime
+
+log = logging.getLogger("celery_flows.slots")
+
+AHEAD = timedelta(seconds=1)  # beat's clock may be this much ahead of the database's; the flow begins at its slot
+
+
+def start_due(runtime: Runtime) -> int:
+    """Starts the flows whose slots are due, of all definitions with a schedule; says how many. Never raises for one of
+    them: it is tried again at the next look."""
+    return sum(try_to_start(runtime, definition) for definition in runtime.registry)
+
+
+def try_to_start(runtime: Runtime, definition: FlowDefinition[Any, Any]) -> int:
+    """Starts the flows of this definition whose slots are due; says how many."""
+    if definition.schedule is None:
+        return 0
+    try:
+        return _start(runtime, definition, definition.schedule)
+    except FlowError as error:
+        log.error("the schedule of flow %r is not seen to yet (%s)", definition.name, type(error).__name__)
+        return 0
+
+
+def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Schedule) -> int:
+    zone = runtime.app.timezone
+
+    def due(now: datetime, last: datetime | None) -> list[datetime]:
+        return schedule.due(now + AHEAD, last, zone)
+
+    def flow_at(slot: datetime) -> Flow:
+        return Flow(
+            controller_id=definition.name,
+            definition_version=definition.version,
+            deadline_at=None if definition.timeout is None else slot + definition.timeout,
+            owner_session_key="default",
+            requester_origin="schedule",
+            idempotency_key=f"slot {slot.isoformat()}",
+            input_json=definition.encoded_input(slot if definition.takes_input else None),
+        )
+
+    drive = Drive(definition.name, definition.queue, definition.priority, runtime.first_pause)
+    skips = schedule.overlap == "skip"
+    seen = runtime.store.run(schedules.start_due, row_of(definition), due, flow_at, drive, skips=skips)
+    for slot in seen.skipped:
+        log.warning("flow %r skips its slot %s: the one before is still open", definition.name, slot.isoformat())
+    hints = [Hint(str(each), each, "drive", drive.task, drive.queue, drive.priority) for each in seen.started]
+    runtime.publisher.publish(*hints)
+    return len(seen.started) + len(seen.held_back)
+
+
+def missed(runtime: Runtime) -> Iterator[tuple[str, datetime]]:
+    """The definitions of whose schedules a slot has passed that nobody has seen to, and the latest such slot."""
+    before = runtime.store.run(op.now) - timedelta(seconds=ON_TIME_SECONDS)
+    for definition in runtime.registry:
+        if definition.schedule is not None:
+            last = runtime.store.run(schedules.last_slot, row_of(definition))
+            slot = next(definition.schedule.slots_before(before, runtime.app.timezone), None)
+            if slot is not None and last is not None and slot > last:
+                yield definition.name, slot
+
+
+def row_of(definition: FlowDefinition[Any, Any]) -> str:
+    """The name under which it is kept what has been seen to."""
+    return f"schedule {definition.name}"
