@@ -9,6 +9,7 @@ import threading
 import weakref
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from celery import Celery
 from celery.utils.imports import import_from_cwd
@@ -21,6 +22,9 @@ from celery_flows.tasks.registry import Registry
 from celery_flows.tasks.settings import FlowSettings, load_settings
 from celery_flows.tasks.stopping import Stopping
 
+if TYPE_CHECKING:
+    from celery_flows.tasks.mirror import MirrorRule
+
 
 class Runtime:
     """One per application. Nothing is read or opened before it is needed."""
@@ -29,6 +33,7 @@ class Runtime:
         self.app = app
         self.registry = Registry()
         self.stopping = Stopping()
+        self.mirror_rules: list[MirrorRule] = []
         self._store = store
         self._opening = threading.Lock()
         refer = weakref.WeakMethod(self._after_fork)
@@ -48,6 +53,11 @@ class Runtime:
             InvalidData: naming the setting and what to write.
         """
         return load_settings(self.app.conf)
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether workers of this application record mirrored flows."""
+        return bool(self.mirror_rules) or self.settings.mirror
 
     @property
     def store(self) -> SqlFlowStore:

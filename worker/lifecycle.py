@@ -15,6 +15,7 @@ from celery import Celery, bootsteps, signals
 from celery_flows.store import FlowError, InvalidData
 from celery_flows.store.clock import boottime
 from celery_flows.tasks import maintenance
+from celery_flows.tasks.observer import Observer
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.stopping import Stopping
 from celery_flows.worker.guard import guard_tasks
@@ -83,6 +84,8 @@ class WorkerStep(bootsteps.StartStopStep):
 
         tell_of_lost_processes(self.runtime.app, lost)
         keep_inputs_out_of_events(self.runtime.app)
+        if self.runtime.mirrors:  # else no signal of Celery's has a handler of ours
+            Observer(self.runtime).connect()
 
     def start(self, parent: Any) -> None:
         self._watch_soft_shutdown(parent)
