@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID, uuid5
 
 from celery.canvas import Signature, chunks
-from celery.result import AsyncResult, GroupResult, result_from_tuple
+from celery.result import result_from_tuple
 
 from celery_flows.store import (
     Flow,
@@ -42,7 +42,7 @@ ROOTS = UUID("6f0d4a52-9f38-5a4e-9a55-0c6a7b1f3c1d")  # the namespace of flows t
 class Mirrored(NamedTuple):
     """A canvas that was applied, and the flow that mirrors it."""
 
-    result: AsyncResult[Any] | GroupResult
+    result: Any  # what the canvas's own apply_async gives: an AsyncResult, of a group a GroupResult
     flow: FlowHandle[None]
 
 

@@ -27,7 +27,7 @@ from celery_flows.tasks.celery_tasks import PRUNE_TASK, START_TASK, SWEEP_TASK, 
 from celery_flows.tasks.mirror import flow_id_of_root
 from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.publish import DRIVE_TASK, STEP_TASK
-from celery_flows.tasks.recorder import Recorder
+from celery_flows.tasks.recorder import PATIENCE_SECONDS, Recorder
 from celery_flows.tasks.runtime import Runtime
 
 log = logging.getLogger("celery_flows.mirror")
@@ -50,7 +50,7 @@ class Running:
     called: Mapping[str, Any]
     leads_on: bool  # to the rest of a chain, or to a chord's body
     published: list[Observation] = field(default_factory=list)
-    is_published_again: bool = False  # under its own id: a retry, or what it is replaced by
+    is_published_again: bool = False  # under its own id, now or later: a retry, or what it is replaced by
     is_recorded: bool = False
 
     def seen(self, status: FlowStepStatus, error: Mapping[str, Any] | None = None, attempts: int = 0) -> Observation:
@@ -75,9 +75,9 @@ def _quietly(handler: Callable[..., None]) -> Callable[..., None]:
 class Observer:
     """Watches the tasks of one app. Handlers are called in the thread, and before the end, of the task they tell of."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self._runtime, self._app = runtime, runtime.app
-        self._recorder = Recorder(runtime)
+        self._recorder = Recorder(runtime, patience_seconds)
         self._here = threading.local()
 
     def connect(self) -> None:
@@ -86,9 +86,10 @@ class Observer:
             signal.connect(handler, weak=False, dispatch_uid=self._uid(handler))
 
     def disconnect(self) -> None:
-        """The opposite of :meth:`connect`."""
+        """The opposite of :meth:`connect`; what is not written yet is waited for, within bounds."""
         for signal, handler in self._handlers():
             signal.disconnect(dispatch_uid=self._uid(handler))
+        self._flush()
 
     def _handlers(self) -> list[tuple[Signal, Callable[..., None]]]:
         return [
@@ -99,7 +100,11 @@ class Observer:
             (signals.task_revoked, self._revoke),
             (signals.before_task_publish, self._pass_on),
             (signals.after_task_publish, self._note),
+            (signals.worker_process_shutdown, self._flush),
         ]
+
+    def _flush(self, **_: Any) -> None:
+        self._recorder.flush()
 
     def _uid(self, handler: Callable[..., None]) -> str:
         return f"celery-flows {id(self)} {handler.__name__}"
@@ -122,7 +127,7 @@ class Observer:
             return
         request.headers = {**(request.headers or {}), HEADER: str(flow_id)}  # what it publishes is given the same
         follow = planned_by_message({"chain": request.chain, "chord": request.chord})
-        self._recorder.record([*self._yet_to_come(flow_id, follow), running], born)
+        self._recorder.record([running, *self._yet_to_come(flow_id, follow)], born)
 
     def _flow_of(self, task: Task[Any, Any], request: Any) -> tuple[UUID | None, Flow | None]:
         """The mirrored flow that a task belongs to; the flow itself, if it begins with this task."""
@@ -202,10 +207,11 @@ class Observer:
             return
         run = stack[-1]
         embedded = body[2] if isinstance(body, tuple | list) and len(body) == 3 else {}
-        run.published += self._yet_to_come(run.flow_id, planned_by_message(embedded))
-        if headers["id"] == run.run_id:
+        follow = self._yet_to_come(run.flow_id, planned_by_message(embedded))
+        run.published += follow
+        if run.run_id in (headers["id"], *(each.run_id for each in follow)):
             run.is_published_again = True
-        elif sender != CHORD_UNLOCK:
+        if headers["id"] != run.run_id and sender != CHORD_UNLOCK:
             attempt, called = headers["retries"] + 1, _called(headers["parent_id"])
             run.published.append(Observation(run.flow_id, headers["id"], sender, PENDING, attempt, called=called))
 

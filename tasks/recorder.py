@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("celery_flows.mirror")
 
 PATIENCE_SECONDS = 0.5  # how long a task may be held up by a database that does not answer
+LAST_SECONDS = 2.0  # how long a process that ends waits for what is left
 RETRY_SECONDS = 1.0  # between tries to reach it again
 BATCH = 500  # entries written at once
 KEPT = 10_000  # entries kept for a database that is away; what comes then is dropped, and counted
@@ -39,12 +40,12 @@ class Recorder:
     """Writes observations in the order they come, from a thread of its own, one process one recorder.
 
     Whoever records waits for the commit, so that a row is as true as the task is far. When that takes longer than
-    :data:`PATIENCE_SECONDS`, or the database refuses, nobody waits any more until the thread has caught up: an outage
+    ``patience_seconds``, or the database refuses, nobody waits any more until the thread has caught up: an outage
     costs a process one such wait, and of what happened meanwhile the last :data:`KEPT` entries are written afterwards.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, patience_seconds: float) -> None:
+        self._runtime, self._patience = runtime, patience_seconds
         self._begin()
 
     def _begin(self) -> None:
@@ -70,8 +71,15 @@ class Recorder:
                 self._thread = threading.Thread(target=self._run, name="celery-flows mirror", daemon=True)
                 self._thread.start()
             self._changed.notify()
-        if waits and not entry.written.wait(PATIENCE_SECONDS):
+        if waits and not entry.written.wait(self._patience):
             self._fall_behind("it takes long")
+
+    def flush(self, seconds: float = LAST_SECONDS) -> bool:
+        """Waits until nothing is left to be written, for so long at most; whether nothing is."""
+        if self._pid != os.getpid():
+            return True
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._entries, seconds)
 
     def _fall_behind(self, why: str) -> None:
         with self._changed:
@@ -93,6 +101,7 @@ class Recorder:
             with self._changed:
                 for _ in batch:
                     self._entries.popleft()
+                self._changed.notify_all()
                 if self._is_behind and not self._entries:
                     self._catch_up()
 
