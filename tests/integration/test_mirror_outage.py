@@ -54,9 +54,9 @@ def test_tasks_run_on_while_the_database_does_not_answer(shop: MirroredShop) -> 
 
 def test_only_the_first_task_of_an_outage_waits(shop: MirroredShop) -> None:
     """Were it each of them, these would not come to their end within the time that a test has."""
-    _, flow = shop.flows.mirror(group(shop.pick.s(n) for n in range(150))).apply_async()
+    _, flow = shop.flows.mirror(group(shop.pick.s(n) for n in range(300))).apply_async()
     with unanswered(shop.bench.url):
-        assert len(shop.consumer.run_all()) == 150
+        assert len(shop.consumer.run_all()) == 300
     until(lambda: flow.status() is FlowStatus.FINISHED, "what was seen is written", within_seconds=30)
 
 
