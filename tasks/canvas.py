@@ -18,41 +18,47 @@ class Planned:
     is_first: bool  # published with the canvas; else by a task of it
 
 
+CONTAINERS = frozenset({"chain", "group", "chord"})
+
+
 def planned(canvas: Mapping[str, Any], is_first: bool = False) -> Iterator[Planned]:
     """The tasks of a frozen canvas, or of what a message carries of one. What has no id yet is left out: callbacks
     (``link``), which have theirs made when they are published."""
-    for signature, first in _signatures(canvas, is_first):
-        run_id = signature["options"].get("task_id")
-        if run_id is not None:
-            yield Planned(run_id, signature["task"], first)
+    for node, first in _nodes(canvas, is_first):
+        run_id = node["options"].get("task_id")
+        if node.get("subtask_type") not in CONTAINERS and run_id is not None:
+            yield Planned(run_id, node["task"], first)
 
 
 def mark(canvas: Mapping[str, Any], flow_id: str) -> None:
-    """Has the messages of a canvas say which mirrored flow they belong to; that is their root, too."""
-    for signature, _ in _signatures(canvas, True):
-        options = signature["options"]
-        options["root_id"] = flow_id
-        options["headers"] = {**(options.get("headers") or {}), HEADER: flow_id}
+    """Has the messages of a frozen canvas say which mirrored flow they belong to; that is their root, too."""
+    for node, _ in _nodes(canvas, True):
+        options = node["options"]
+        if node.get("subtask_type") == "chain":
+            options.pop("task_id", None)  # its last task's, which has it; run eagerly, all of them would take it
+        elif node.get("subtask_type") not in CONTAINERS:
+            options["root_id"] = flow_id
+            options["headers"] = {**(options.get("headers") or {}), HEADER: flow_id}
 
 
-def _signatures(canvas: Mapping[str, Any], is_first: bool) -> Iterator[tuple[Mapping[str, Any], bool]]:
+def _nodes(canvas: Mapping[str, Any], is_first: bool) -> Iterator[tuple[Mapping[str, Any], bool]]:
+    """Every signature of a canvas, those that hold others before those that they hold."""
+    yield canvas, is_first
     inner = canvas["kwargs"]
     match canvas.get("subtask_type"):
         case "chain":
             for number, member in enumerate(inner["tasks"]):
-                yield from _signatures(member, is_first and number == 0)
+                yield from _nodes(member, is_first and number == 0)
         case "group":
             for member in inner["tasks"]:
-                yield from _signatures(member, is_first)
+                yield from _nodes(member, is_first)
         case "chord":
             header = inner["header"]
             members = header["kwargs"]["tasks"] if isinstance(header, Mapping) else header
             for member in members:
-                yield from _signatures(member, is_first)
+                yield from _nodes(member, is_first)
             if inner.get("body") is not None:
-                yield from _signatures(inner["body"], is_first and not members)
-        case _:
-            yield canvas, is_first
+                yield from _nodes(inner["body"], is_first and not members)
 
 
 def planned_by_message(embedded: Mapping[str, Any]) -> Iterator[Planned]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -151,13 +152,20 @@ class Mirror:
 
     def _applied(self, flow_id: UUID, canvas: Signature[Any], args: Any, kwargs: Any, options: dict[str, Any]) -> Any:
         try:
-            return canvas.apply_async(args, kwargs, **options)
+            with self._watched():
+                return canvas.apply_async(args, kwargs, **options)
         except Exception:
             try:
                 self._runtime.manager.fail(flow_id, "not_published")
             except FlowError as error:
                 log.warning("flow %s was not published, and is not failed yet (%s)", flow_id, type(error).__name__)
             raise
+
+    def _watched(self) -> AbstractContextManager[object]:
+        """Of tasks that run here and now (``task_always_eager``) no worker tells."""
+        from celery_flows.tasks.observer import observed
+
+        return observed(self._runtime) if self._runtime.app.conf.task_always_eager else nullcontext()
 
 
 FIRST = {"parent_id": None}  # how a task that no other task published was called

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -231,6 +232,17 @@ class Observer:
     def _yet_to_come(flow_id: UUID, follow: Any) -> Sequence[Observation]:
         steps: list[Planned] = list(follow)
         return [Observation(flow_id, each.run_id, each.task, PENDING) for each in steps]
+
+
+@contextmanager
+def observed(runtime: Runtime) -> Iterator[None]:
+    """Records the tasks that run in this process meanwhile."""
+    observer = Observer(runtime)
+    observer.connect()
+    try:
+        yield
+    finally:
+        observer.disconnect()
 
 
 def _called(parent_id: str | None) -> dict[str, Any]:

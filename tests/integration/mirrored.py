@@ -22,7 +22,7 @@ class MirroredShop:
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.flows = bench, bench.flows
-        self.consumer = Consumer(bench)
+        self.consumer = Consumer(bench.app, bench.queue)
         self.refusals = 0  # how often pack refuses
         bench.app.conf.update(result_backend="cache+memory://")
 

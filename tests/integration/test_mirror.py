@@ -297,3 +297,23 @@ def test_with_the_database_away_a_canvas_is_applied_and_not_mirrored() -> None:
         with pytest.raises(StoreError):
             shop.flows.mirror(shop.pick.s(1), key="k").delay()
         assert len(bench.messages()) == 1
+
+
+@pytest.mark.parametrize("kind", ["task", "chain", "group", "chord", "failure", "child"])
+def test_tasks_that_run_eagerly_are_mirrored_too(make_bench: MakeBench, kind: str) -> None:
+    """As in the tests of an application; no worker is there to tell."""
+    bench = make_bench(mirror=True)
+    shop = MirroredShop(bench)
+    bench.app.conf.update(task_always_eager=True, task_store_eager_result=False)
+    canvases: dict[str, Any] = {
+        "task": shop.pick.s(1),
+        "chain": chain(shop.pick.s(1), shop.pick.s(), shop.pick.s()),
+        "group": group(shop.pick.s(1), shop.pick.s(2)),
+        "chord": chord([shop.pick.s(1), shop.pick.s(2)], shop.total.s()),
+        "failure": group(shop.refuse.s(), shop.pick.s(1)),
+        "child": shop.order.s("shop.pick"),
+    }
+    _, flow = shop.flows.mirror(canvases[kind]).apply_async()
+    assert flow.status() == ("failed" if kind == "failure" else "finished")
+    told = shop.told(flow)
+    assert len(told) == {"task": 1, "chain": 3, "group": 2, "chord": 3, "failure": 2, "child": 1}[kind]

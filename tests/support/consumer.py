@@ -1,4 +1,4 @@
-"""The hands of a Celery worker in this process: takes messages off the queue of a bench and runs them, one by one.
+"""The hands of a Celery worker in this process: takes messages off a queue and runs them, one by one.
 
 Everything a task's own process does is Celery's: request, trace, signals, result backend.
 """
@@ -7,25 +7,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from celery import Celery
 from celery.worker import state
 from celery.worker.request import Request
-
-from tests.support.bench import Bench
 
 LIMIT = 200  # messages: more than that spins
 
 
 class Consumer:
-    """Runs what a bench's queue holds."""
+    """Runs what an app's queue holds."""
 
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
+    def __init__(self, app: Celery, queue: str) -> None:
+        self._app, self._queue = app, queue
 
     def take(self) -> Request | None:
         """The next message, as a worker has it; None: there is none."""
-        app = self._bench.app
+        app = self._app
         with app.connection_for_read() as connection, connection.channel() as channel:
-            bound = app.amqp.queues[self._bench.queue](channel)
+            bound = app.amqp.queues[self._queue](channel)
             bound.declare()
             message: Any = bound.get(no_ack=True)
         return None if message is None else Request(message, app=app, hostname="consumer")
