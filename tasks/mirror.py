@@ -118,7 +118,7 @@ class Mirror:
             )
             for each in steps
         ]
-        if not self._created(flow, seen):
+        if not self._is_new(flow, seen):
             return self._known(flow)
         return Mirrored(self._applied(flow_id, canvas, args, kwargs, options), FlowHandle(self._runtime, flow_id))
 
@@ -128,7 +128,8 @@ class Mirror:
                 "flow_mirror", "is off, so workers would record nothing: set flow_mirror = True on the app"
             )
 
-    def _created(self, flow: Flow, seen: Sequence[Observation]) -> bool:
+    def _is_new(self, flow: Flow, seen: Sequence[Observation]) -> bool:
+        """Stores the flow, if the database is there; False: its key is taken."""
         silent = self._runtime.settings.mirror_silent_seconds
         create = Call(mirrors.create, (flow, in_order(seen), silent))
         try:

@@ -84,8 +84,9 @@ class WorkerStep(bootsteps.StartStopStep):
 
         tell_of_lost_processes(self.runtime.app, lost)
         keep_inputs_out_of_events(self.runtime.app)
-        if self.runtime.mirrors:  # else no signal of Celery's has a handler of ours
-            Observer(self.runtime).connect()
+        self._observer = Observer(self.runtime) if self.runtime.mirrors else None
+        if self._observer is not None:  # else Celery's signals have no handlers of ours
+            self._observer.connect()
 
     def start(self, parent: Any) -> None:
         self._watch_soft_shutdown(parent)
@@ -122,6 +123,8 @@ class WorkerStep(bootsteps.StartStopStep):
     def _end(self, **_: Any) -> None:
         keeper, sweeper = self._tickers
         sweeper.stop()
+        if self._observer is not None:
+            self._observer.disconnect()
         if self._leases.are_held_here():  # Python waits for threads before it ends, however cold the shutdown
             return
         keeper.stop()

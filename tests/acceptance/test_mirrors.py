@@ -167,6 +167,16 @@ def test_a_task_whose_process_is_killed_has_failed(mirrors: Mirrors) -> None:
     mirrors.audit()
 
 
+def test_a_task_that_runs_past_its_hard_time_limit_has_failed(mirrors: Mirrors) -> None:
+    mirrors.town.worker()
+    held: Any = mirrors.hold("held")
+    _, flow = mirrors.apply(chain(held.set(time_limit=1), mirrors.label(1)))
+    assert mirrors.ended(flow) == "failed"
+    assert mirrors.told(flow) == ["hold failed", "label cancelled"]
+    assert (flow.get().error_json or {})["type"] == "TimeLimitExceeded"
+    mirrors.audit()
+
+
 def test_a_task_whose_worker_is_killed_is_given_up_when_it_was_silent_for_too_long(
     make_town: MakeTown, redis_server: Broker
 ) -> None:
