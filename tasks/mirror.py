@@ -100,24 +100,16 @@ class Mirror:
         flow_id = new_id()
         canvas = self._canvas.group() if isinstance(self._canvas, chunks) else self._canvas.clone()
         frozen = canvas.freeze(options.pop("task_id", None), root_id=str(flow_id))
-        steps = list(planned(canvas, is_first=True))
-        if not steps:
-            raise InvalidData("canvas", "has no tasks")
+        seen = _planned_steps(canvas, flow_id)
         mark(canvas, str(flow_id))
         options["root_id"] = str(flow_id)
         if options.get("headers"):
             options["headers"] = {**options["headers"], HEADER: str(flow_id)}
         flow = Flow(
-            id=flow_id, controller_id=self._name or steps[0].task, goal=self._goal, owner_session_key=self._owner,
+            id=flow_id, controller_id=self._name or seen[0].task, goal=self._goal, owner_session_key=self._owner,
             idempotency_key=self._key, mode=FlowMode.MIRRORED, status=FlowStatus.RUNNING,
             state_json={} if self._key is None else {"result": frozen.as_tuple()},
         )  # fmt: skip
-        seen = [
-            Observation(
-                flow_id, each.run_id, each.task, FlowStepStatus.PENDING, called=FIRST if each.is_first else None
-            )
-            for each in steps
-        ]
         if not self._is_new(flow, seen):
             return self._known(flow)
         return Mirrored(self._applied(flow_id, canvas, args, kwargs, options), FlowHandle(self._runtime, flow_id))
@@ -169,7 +161,17 @@ class Mirror:
         return observed(self._runtime) if self._runtime.app.conf.task_always_eager else nullcontext()
 
 
-FIRST = {"parent_id": None}  # how a task that no other task published was called
+def _planned_steps(canvas: Signature[Any], flow_id: UUID) -> list[Observation]:
+    steps = list(planned(canvas, is_first=True))
+    if not steps:
+        raise InvalidData("canvas", "has no tasks")
+    if any(step.task == "celery.chunks" for step in steps):
+        raise InvalidData(
+            "canvas", "holds chunks, which get their ids only when they are applied: use chunks(…).group()"
+        )
+    pending = FlowStepStatus.PENDING
+    called = {True: {"parent_id": None}, False: None}  # those that are published with the canvas; the others, by nobody
+    return [Observation(flow_id, step.run_id, step.task, pending, called=called[step.is_first]) for step in steps]
 
 
 def settle_mirror(runtime: Runtime, flow_id: UUID) -> bool:

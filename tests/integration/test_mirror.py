@@ -218,6 +218,16 @@ def test_an_empty_canvas_is_refused(shop: MirroredShop) -> None:
         shop.flows.mirror(group()).delay()
 
 
+def test_chunks_are_a_group(shop: MirroredShop) -> None:
+    chunks: Any = shop.pick.chunks([(n,) for n in range(4)], 2)
+    result, flow = shop.flows.mirror(chunks).apply_async()
+    shop.consumer.run_all()
+    assert result.get(timeout=1) == [[0, 1], [2, 3]]
+    assert (shop.told(flow), flow.status()) == (["celery.starmap succeeded"] * 2, FlowStatus.FINISHED)
+    with pytest.raises(InvalidData, match=r"use chunks\(…\)\.group\(\)"):
+        shop.flows.mirror(chain(shop.pick.s(1), chunks)).apply_async()
+
+
 def test_a_task_that_replaces_itself_is_over_when_its_replacement_is(shop: MirroredShop) -> None:
     @shop.bench.task("shop.replaced", bind=True)
     def replaced(self: Task[Any, Any]) -> None:
