@@ -431,6 +431,7 @@ class Unsettled:
     run_id: str
     kind: str  # look, child or drive
     flow_id: UUID | None  # none of a look row
+    is_mirror: bool = False  # a mirrored flow to look after, rather than a wait
 
 
 @reads
@@ -438,7 +439,8 @@ def list_unsettled(conn: Connection, limit: int, at: datetime | None = None) -> 
     """Rows that need no worker and are due at ``at``; None: by the database's clock."""
     moment = _in(conn, 0) if at is None else sa.literal(at, UtcDateTime())
     no_worker = sa.or_(_d.kind.in_(("look", "child")), _d.task.is_(None))
-    due = sa.select(_d.run_id, _d.kind, _d.flow_id).where(_d.due_at <= moment, no_worker)
+    is_mirror = sa.and_(_d.kind == "drive", _d.options.isnot(None))
+    due = sa.select(_d.run_id, _d.kind, _d.flow_id, is_mirror).where(_d.due_at <= moment, no_worker)
     return [Unsettled(*row) for row in conn.execute(due.order_by(_d.due_at).limit(limit))]
 
 

@@ -142,7 +142,7 @@ def settle_wait(conn: Connection, flow_id: UUID, at: datetime | None = None) -> 
     and ``wait_timed_out`` true in its state.
     """
     flow = lock_flow(conn, flow_id)
-    mine = sa.and_(_d.run_id == str(flow_id), _d.task.is_(None))
+    mine = sa.and_(_d.run_id == str(flow_id), _d.task.is_(None), _d.options.is_(None))
     if flow is None or flow.status is not FlowStatus.WAITING:
         conn.execute(sa.delete(flow_dispatch).where(mine))
         return None

@@ -17,6 +17,7 @@ from celery_flows.tasks import slots
 from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import StepLost
+from celery_flows.tasks.mirror import settle_mirror
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.waits import WaitEngine
 
@@ -38,7 +39,9 @@ class SweepReport:
     published: int = 0
     lost: int = 0  # given up after too many crashes
     handed_over: int = 0  # external events
-    settled: int = 0  # children that have ended, or are to be cancelled; waits of flows that no definition drives
+    settled: int = (
+        0  # children and mirrored flows that have ended, or are to be cancelled; waits that no definition drives
+    )
 
 
 def sweep(runtime: Runtime) -> SweepReport:
@@ -62,9 +65,10 @@ def sweep(runtime: Runtime) -> SweepReport:
     unsettled = runtime.store.run(dispatch.list_unsettled, settings.sweep_limit)
     handed_over = sum(_hand_over_event(runtime, row.run_id) for row in unsettled if row.kind == "look")
     seen_to = sum(settle_child(runtime, row.run_id) for row in unsettled if row.kind == "child")
-    undriven = [row.flow_id for row in unsettled if row.kind == "drive" and row.flow_id is not None]
-    ticked = WaitEngine(runtime.store).settle(undriven)
-    settled = seen_to + ticked.resumed + ticked.cancelled
+    undriven = [row for row in unsettled if row.kind == "drive" and row.flow_id is not None]
+    mirrored = sum(settle_mirror(runtime, row.flow_id) for row in undriven if row.is_mirror and row.flow_id)
+    ticked = WaitEngine(runtime.store).settle([row.flow_id for row in undriven if not row.is_mirror and row.flow_id])
+    settled = seen_to + mirrored + ticked.resumed + ticked.cancelled
     report = SweepReport(len(swept), published, len(lost), handed_over, settled)
     if any(asdict(report).values()):
         log.info("swept: %s", ", ".join(f"{count} {name}" for name, count in asdict(report).items() if count))

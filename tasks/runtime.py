@@ -10,6 +10,7 @@ import time
 import weakref
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from celery import Celery
 from celery.utils.imports import import_from_cwd
@@ -24,6 +25,9 @@ from celery_flows.tasks.registry import Registry
 from celery_flows.tasks.settings import FlowSettings, load_settings
 from celery_flows.tasks.stopping import Stopping
 
+if TYPE_CHECKING:
+    from celery_flows.tasks.mirror import MirrorRule
+
 
 class Runtime:
     """One per application. Nothing is read or opened before it is needed."""
@@ -33,6 +37,7 @@ class Runtime:
         self.registry = Registry()
         self.stopping = Stopping()
         self.ahead = Ahead()
+        self.mirror_rules: list[MirrorRule] = []
         self._store = store
         self._opening = threading.Lock()
         refer = weakref.WeakMethod(self._after_fork)
@@ -52,6 +57,11 @@ class Runtime:
             InvalidData: naming the setting and what to write.
         """
         return load_settings(self.app.conf)
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether workers of this application record mirrored flows."""
+        return bool(self.mirror_rules) or self.settings.mirror
 
     @property
     def store(self) -> SqlFlowStore:

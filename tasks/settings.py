@@ -57,6 +57,14 @@ class FlowSettings(BaseSettings):
     timer_horizon_days: float | None = Field(
         None, gt=0, le=36_500, description="Refuse timers further away than this; not set: any time in the future."
     )
+    mirror: bool = Field(
+        False, description="Workers record the tasks of canvases that flows.mirror() applied. A mirror_rule() turns it "
+        "on too.",
+    )  # fmt: skip
+    mirror_silent_seconds: float = Field(
+        86_400.0, ge=1, le=31_536_000, description="How long nothing may be seen of a mirrored flow's tasks before it "
+        "is given up as lost; longer than your longest task, countdown or queue.",
+    )  # fmt: skip
     retain_days: int = Field(30, ge=0, le=36_500, description="How long ended flows are kept, by the daily prune.")
 
     @field_validator("imports", mode="before")

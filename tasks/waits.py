@@ -40,7 +40,7 @@ class WaitEngine:
         """
         now = None if now is None else as_utc("now", now)
         rows = self._store.run(list_unsettled, limit, now)
-        return self.settle([row.flow_id for row in rows if row.flow_id is not None], now)
+        return self.settle([row.flow_id for row in rows if row.flow_id is not None and not row.is_mirror], now)
 
     def settle(self, flow_ids: Sequence[UUID], now: datetime | None = None) -> TickReport:
         """:meth:`tick` for flows that were found due already."""

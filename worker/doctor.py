@@ -99,8 +99,8 @@ KINDS = {
     ),
     "lost": Kind(
         False,
-        "flows failed within a day because work of theirs killed every worker that took it",
-        "mend the step, then start them again",
+        "flows failed within a day because work of theirs killed every worker that took it, or nothing was heard of it",
+        "mend the step, then start them again; look at the worker's log",
     ),
     "history": Kind(
         True,
@@ -211,7 +211,7 @@ def _work(runtime: Runtime, now: datetime, stalled_seconds: float) -> Iterator[F
     for row in store.run(health.list_crashing, CRASHES):
         limit = runtime.settings.max_crashes
         yield Finding("crashing", f"{_row(row)}: {row.crash_count} crashes, given up at {limit}")
-    if lost := store.run(health.list_failures, DAY_SECONDS, ("DriverLost", "StepLost")):
+    if lost := store.run(health.list_failures, DAY_SECONDS, ("DriverLost", "StepLost", "MirrorLost")):
         yield Finding("lost", f"{len(lost)} flows: {_listed(map(str, lost))}")
     for name, version, count in store.run(health.list_needed_definitions):
         if runtime.registry.get(name, version) is None:

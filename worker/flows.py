@@ -11,14 +11,17 @@ from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 from celery import Celery
+from celery.canvas import Signature
 from celery.schedules import crontab
 from sqlalchemy.orm import Session
 
 from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
+from celery_flows.store.validation import check_name, check_text
 from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.celery_tasks import register
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.mirror import Mirror, MirrorRule, flow_id_of_root
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.retry import Retry
 from celery_flows.tasks.run import Run
@@ -161,6 +164,44 @@ class Flows:
     ) -> UUID:
         """:meth:`emit`, awaited; ``session`` is an AsyncSession or AsyncConnection."""
         return await run(self.runtime, session, partial(self.emit, topic, correlation_id, payload))
+
+    def mirror(
+        self,
+        canvas: Signature[Any],
+        *,
+        name: str | None = None,
+        goal: str = "",
+        owner: str = "default",
+        key: str | None = None,
+    ) -> Mirror:
+        """A signature, chain, group or chord, to be applied as ever, and shown as a flow with a step for each task::
+
+            result, flow = flows.mirror(chord(parts, total.s()), goal="the month's total").apply_async()
+
+        Args:
+            canvas: stays as it is; what is applied is a copy.
+            name: what the flow is listed as; None: the name of the first task.
+            goal, owner: as in :meth:`FlowDefinition.start`.
+            key: idempotency key within the name: the same key again applies nothing, and gives what is there.
+
+        Raises:
+            InvalidData: it is no canvas.
+        """
+        return Mirror(self.runtime, canvas, name=name, goal=goal, owner=owner, key=key)
+
+    def mirror_rule(self, pattern: str, *, goal: str = "", owner: str = "default") -> None:
+        """Has every root task whose name matches ``pattern`` (``shop.*``) mirrored from its start, whoever sends it,
+        with all it brings about. A root task is one that no other task published. The first rule that matches counts.
+
+        Raises:
+            InvalidData: the pattern or owner is empty or too long.
+        """
+        check_name("pattern", pattern)
+        self.runtime.mirror_rules.append(MirrorRule(pattern, check_text("goal", goal), check_name("owner", owner)))
+
+    def mirrored(self, task_id: str) -> FlowHandle[None]:
+        """The handle of the flow that a :meth:`mirror_rule` makes for this root task."""
+        return FlowHandle(self.runtime, flow_id_of_root(task_id))
 
 
 class _Define:

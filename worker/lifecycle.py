@@ -15,6 +15,7 @@ from celery import Celery, bootsteps, signals
 from celery_flows.store import FlowError, InvalidData
 from celery_flows.store.clock import boottime
 from celery_flows.tasks import maintenance
+from celery_flows.tasks.observer import Observer
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.stopping import Stopping
 from celery_flows.worker.guard import guard_tasks
@@ -83,6 +84,9 @@ class WorkerStep(bootsteps.StartStopStep):
 
         tell_of_processes(self.runtime.app, lost, self._leases.timed_out)
         keep_inputs_out_of_events(self.runtime.app)
+        self._observer = Observer(self.runtime) if self.runtime.mirrors else None
+        if self._observer is not None:  # else Celery's signals have no handlers of ours
+            self._observer.connect()
 
     def start(self, parent: Any) -> None:
         self._watch_soft_shutdown(parent)
@@ -119,6 +123,8 @@ class WorkerStep(bootsteps.StartStopStep):
     def _end(self, **_: Any) -> None:
         keeper, sweeper = self._tickers
         sweeper.stop()
+        if self._observer is not None:
+            self._observer.disconnect()
         if self._leases.are_held_here():  # Python waits for threads before it ends, however cold the shutdown
             return
         keeper.stop()

@@ -13,7 +13,7 @@ from uuid import UUID
 import click
 from rich.cells import cell_len, set_cell_size
 
-from celery_flows.store import Flow, FlowEvent, FlowStep
+from celery_flows.store import Flow, FlowEvent, FlowMode, FlowStep
 from celery_flows.store.engines import parse_url
 
 
@@ -88,6 +88,7 @@ def show_flow(flow: Flow, steps: Sequence[FlowStep], events: Sequence[FlowEvent]
         "waits for": flow.wait_json and describe_wait(flow.wait_json),
         "cancel requested": "yes" if flow.cancel_requested else None,
         "paused": moment(flow.paused_at),
+        "mirrored": "yes" if flow.mode is FlowMode.MIRRORED else None,
         "input": _shortened(flow.input_json),
         "result": _shortened(flow.result_json),
         "error": flow.error_json and f"{flow.error_json['type']}: {flow.error_json['message']}",

@@ -29,6 +29,7 @@ USED_EARLY = "SHOP_USED_EARLY"  # there at all: the store is used at import, bef
 GIVEN = "SHOP_GIVEN"  # there at all: the shop makes its store itself
 CONF = "SHOP_CONF"  # settings of its Celery app, as JSON
 BELLS = "SHOP_BELLS"  # seconds between two rings of its bell, a flow that the clock starts; not there: it has none
+MIRRORS = "SHOP_MIRRORS"  # root tasks of these names are mirrored
 DEFAULTS = "SHOP_DEFAULTS"  # there at all: durations are as in a real shop
 # Short, so that tests of recovery are: a real shop leaves these as they are.
 SHORT = {"flow_lease_seconds": 3, "flow_sweep_seconds": 0.2, "flow_republish_seconds": 2}
@@ -86,6 +87,8 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
     )
     app.conf.update(json.loads(environment.get(CONF, "{}")))
     flows = Flows(app, store=SqlFlowStore(make_engine(environment[DATABASE])) if GIVEN in environment else None)
+    if MIRRORS in environment:
+        flows.mirror_rule(environment[MIRRORS])
     effects = EffectLog(environment[EFFECTS])
 
     def hold(label: str) -> str:
@@ -155,6 +158,16 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
     @app.task(name="shop.greet", shared=False)
     def greet(name: str) -> None:
         effects.append(f"hello {name}")
+
+    @app.task(name="shop.bundle", shared=False)
+    def bundle(parts: list[str]) -> str:
+        return "+".join(parts)
+
+    @app.task(name="shop.forward", shared=False)
+    def forward(name: str, *texts: str) -> None:
+        """Has another task do it, once for each text."""
+        for text in texts:
+            app.tasks[name].delay(text)
 
     def tick(number: int) -> int:
         """Takes its time as long as the gate is closed."""

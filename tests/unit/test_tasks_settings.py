@@ -24,6 +24,8 @@ BAD: dict[str, list[Any]] = {
     "publish_timeout_seconds": [0, 61, SECRET],
     "max_payload_bytes": [0, 10**9, SECRET],
     "timer_horizon_days": [0, -1, SECRET],
+    "mirror": ["perhaps", 7],
+    "mirror_silent_seconds": [0, 10**9, SECRET],
     "retain_days": [-1, 10**6, SECRET],
     "imports": [7, [1, 2]],
 }
