@@ -1,4 +1,4 @@
-"""README.md and docs/guide.md do what they say: every block in them is run, as it stands there.
+"""README.md does what it says: every block in it is run, as it stands there. The guide has a test of its own.
 
 A command or a block that no test here knows fails, so whoever adds one also says how it is tried.
 """
@@ -20,11 +20,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any, TypeVar
 
-import pytest
-
-from celery_flows import FlowCancelled, FlowStatus, Run, SqlFlowStore
+from celery_flows import FlowStatus, SqlFlowStore
 from examples.verify_packages import audit
-from tests.support.bench import Bench
 from tests.support.brokers import Broker
 from tests.support.commandline import ROOT, Background, Project
 from tests.support.databases import Databases
@@ -51,7 +48,7 @@ class Block:
 def blocks() -> list[Block]:
     """All of them, in the order of the pages."""
     found = []
-    for page in ("README.md", "docs/guide.md"):
+    for page in ("README.md",):
         fences = re.finditer(r"^( *)```(\w*)\n(.*?)^\1```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
         found += [Block(page, fence[2], textwrap.dedent(fence[3])) for fence in fences]
     return found
@@ -280,34 +277,3 @@ def run_pip(command: str, source: Path, *options: str) -> CompletedProcess[str]:
     """Runs a pip command there without network: what else is needed is here already."""
     offline = ("--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
     return shell(source).run(sys.executable, "-m", *shlex.split(command), *offline, *options)
-
-
-@tries('@flows.flow("trip/book")')
-@pytest.mark.parametrize("paid", [True, False], ids=["paid", "cancelled"])
-def test_the_booking_of_the_guide(sqlite_url: str, paid: bool) -> None:
-    bench = Bench(sqlite_url)
-    released: list[str] = []
-
-    def reserve_seat(trip: str) -> str:
-        return f"{trip}, seat 7"
-
-    def release_seat(seat: str) -> None:
-        released.append(seat)
-
-    names: dict[str, Any] = {
-        "flows": bench.flows, "Run": Run, "FlowCancelled": FlowCancelled, "reserve_seat": reserve_seat,
-        "release_seat": release_seat,
-    }  # fmt: skip
-    exec(compile(block_with('@flows.flow("trip/book")'), "guide.md", "exec", dont_inherit=True), names)
-    handle = names["book"].start("Lisbon")
-    bench.work()
-    if paid:
-        bench.flows.emit("payment", "Lisbon")
-    else:
-        handle.cancel()
-    bench.work()
-
-    status = handle.status()
-    bench.audit()
-    bench.close()
-    assert (status, released) == ((FlowStatus.FINISHED, []) if paid else (FlowStatus.CANCELLED, ["Lisbon, seat 7"]))

@@ -134,6 +134,8 @@ def test_a_seat_is_released_by_a_cancel(bench: Bench, guide: Any) -> None:
     handle.cancel()
     bench.work()
     assert bench.effects[-1] == "release_seat reserve_seat there"
+    bench.flows.emit("payment", "here")
+    assert bench.finish(guide.book_seat.start("here")) == "reserve_seat here"
 
 
 def test_a_meter_is_read_through_its_lives(bench: Bench, guide: Any) -> None:
