@@ -44,7 +44,7 @@ from celery_flows.tasks.inline import RETRY_AT
 from celery_flows.tasks.options import StepOptions
 from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.registry import FlowDefinition
-from celery_flows.tasks.replay import Place, Replay, Suspended
+from celery_flows.tasks.replay import Place, Replay, Suspended, run_id_of
 from celery_flows.tasks.run import Run
 from celery_flows.tasks.runtime import Runtime, claim_token
 from celery_flows.tasks.wait_steps import WAIT_TIMED_OUT
@@ -54,6 +54,8 @@ log = logging.getLogger("celery_flows.drive")
 T = TypeVar("T")
 
 UNKNOWN_PAUSE_SECONDS = 60.0  # before a flow whose code is not here is offered again
+REFUSED_PAUSE_SECONDS = 600.0  # the same, where the function here is not the one of its history
+DEADLINE = "run.deadline"  # the step that records that a flow was told of it
 MOMENT_SECONDS = 0.5  # a shorter pause between attempts is not worth another claim
 
 
@@ -120,6 +122,7 @@ class Driver:
         self._revision = claim.flow.revision
         self._state: Mapping[str, Any] = claim.flow.state_json
         self._cancel_requested = claim.flow.cancel_requested
+        self._open_members = claim.open_members
         self._paused = False
         self._by_position: dict[int, FlowStep] | None = None
         self._timed_out: FlowTimedOut | None = None  # the deadline has passed, and the flow has been told
@@ -159,7 +162,7 @@ class Driver:
 
     def _run(self, definition: FlowDefinition[Any, Any]) -> None:
         self._read_history()
-        if self._cancel_requested and not self._cleanup_is_out():
+        if (self._cancel_requested or self._is_late()) and self._open_members and not self._cleanup_is_out():
             self._drain()
             self._read_history()
         self.defaults = definition.defaults
@@ -211,7 +214,7 @@ class Driver:
         cancelled."""
         if self._over:
             raise Suspended
-        if self._claim.open_members and not self._cleanup_is_out():
+        if self._open_members and not self._cleanup_is_out():
             self._drain()
         undo_failed = run.clean_up()
         if not isinstance(error, FlowCancelled):
@@ -239,10 +242,10 @@ class Driver:
         """Cancelling and failing begin here: members nobody has claimed are cancelled, children asked to cancel, and
         what is out is waited for."""
         with self._unwinding():
-            left = self.runtime.store.run(dispatch.drain, self.flow.id, self._holder)
-            if left:
+            self._open_members = self.runtime.store.run(dispatch.drain, self.flow.id, self._holder)
+            if self._open_members:
                 self._cancel_children()
-        if left:
+        if self._open_members:
             self._park_and_suspend(None)
 
     def cancel_idle_members(self) -> None:
@@ -295,33 +298,51 @@ class Driver:
             if self.flow.error_json != describe(mismatch):
                 self._kept_from_going_on = False
                 self._write(lambda: ("history_refused", {"error_json": describe(mismatch)}))
-            self.runtime.store.run(dispatch.hand_back, self._holder, UNKNOWN_PAUSE_SECONDS)
+            self.runtime.store.run(dispatch.hand_back, self._holder, REFUSED_PAUSE_SECONDS)
         self._over = True
         raise Suspended from mismatch
 
-    def must_stop(self, *, cleaning: bool) -> FlowCancelled | FlowTimedOut | None:
-        """Asked before anything new happens: what the flow is to be told, and has not been told yet.
+    def _is_late(self) -> bool:
+        return self.flow.deadline_at is not None and self.now() >= self.flow.deadline_at
 
-        Unwinds the flow function when the claim is over, the worker is stopping, the flow is paused, or members are
-        still running.
-        """
+    def check_stop(self) -> None:
+        """Unwinds the flow function when the claim is over, the worker is stopping, or the flow is paused."""
         if self._over:
             raise Suspended
         if self.runtime.stopping.is_set():
             self._hand_over_to_another_worker()
         if self._paused:
             self._park_and_suspend(None)
-        deadline = self.flow.deadline_at
-        is_late = deadline is not None and self.now() >= deadline
-        if cleaning or not (self._cancel_requested or is_late):
+
+    def to_be_told(self) -> FlowCancelled | FlowTimedOut | None:
+        """What a flow that has not been told yet is to be told before anything new happens, if anything.
+
+        That its deadline has passed is recorded, for a cancel may come after. Unwinds the function, as
+        :meth:`check_stop` does, and as :meth:`settle_before_telling` does.
+        """
+        self.check_stop()
+        deadline, run_id = self.flow.deadline_at, run_id_of(self.flow.id, DEADLINE, 1)
+        is_recorded = run_id in self.history
+        if not (is_recorded or self._cancel_requested or self._is_late()):
             return None
-        if self._claim.open_members and not self._cleanup_is_out():
-            self.settle_members()
-        if self._cancel_requested:
+        self.settle_before_telling()
+        if not is_recorded and self._cancel_requested:
             return FlowCancelled(self.flow.id)
         assert deadline is not None
+        if not is_recorded:
+            self.record(StepWrite(run_id, DEADLINE, FlowStepStatus.SUCCEEDED, 0), current_step=DEADLINE)
         self._timed_out = FlowTimedOut(self.flow.id, deadline)
         return self._timed_out
+
+    def settle_before_telling(self) -> None:
+        """A flow is told with all its members closed, and at a place that its history fixes: if some may be open, they
+        are closed, and the function is run anew from what has become of them."""
+        if self._open_members and not self._cleanup_is_out():
+            self._drain()
+            with self._unwinding():
+                self.runtime.store.run(dispatch.hand_back, self._holder)
+            self._over = self._due_again = True
+            raise Suspended
 
     def _hand_over_to_another_worker(self) -> NoReturn:
         with self._unwinding():
@@ -392,17 +413,28 @@ class Driver:
 
         def change(connection: sa.Connection) -> Change:
             step = write(connection)
-            columns = {"current_step": step.task}
-            return Change(self.flow.id, self._revision, f"step_{step.status.value}", columns, step=step,
-                          forgive=self._crashed, write_id=write_id)  # fmt: skip
+            columns: dict[str, Any] = {"current_step": step.task}
+            if self._kept_from_going_on:
+                columns["error_json"] = None
+            return Change(
+                self.flow.id, self._revision, f"step_{step.status.value}", columns, step=step, forgive=self._crashed,
+                write_id=write_id,
+            )  # fmt: skip
 
         made = Call(op.change_made, (change,))
         settled = Call(op.find_step_result, (self.flow.id, write_id))
         with self._unwinding():
-            result: str = self._under_revision(
-                lambda: self.runtime.store.attempt(made, settled, patience=self._patience)
-            )
-        self._crashed = False
+            try:
+                result: str = self._under_revision(lambda: self.runtime.store.attempt(made, settled))
+            except StoreError as error:
+                # It counts as a crash, though it may have been the database's affair: what does this each time must
+                # have an end.
+                self._over = True
+                log.warning("flow %s: a transaction is given up (%s)", self.flow.id, error)
+                with suppress(FlowError):
+                    self.runtime.store.run(dispatch.end_lease, self._holder)
+                raise Suspended from error
+        self._crashed = self._kept_from_going_on = False
         return result
 
     def continue_as(self, input: Any) -> NoReturn:
@@ -421,7 +453,7 @@ class Driver:
             input_json=definition.encoded_input(input),
             deadline_at=None if definition.timeout is None else self.now() + definition.timeout,
         )
-        if self._claim.open_members:
+        if self._open_members:
             self.settle_members()
         drive = Drive(definition.name, definition.queue, first_pause=self.runtime.first_pause)
         columns = {"status": FlowStatus.FINISHED, "wait_json": None, "idempotency_key": None, "continued_as": flow.id}

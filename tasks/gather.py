@@ -35,16 +35,25 @@ class Gather:
     def __init__(self, replay: Replay, options: StepOptions, works: Sequence[Work], how: How) -> None:
         self._replay, self._driver = replay, replay.driver
         self._options, self._works, self._how = options, works, how
+        if how.at_once is not None and (type(how.at_once) is not int or how.at_once < 1):
+            raise InvalidData("gather limit", "must be a whole number from 1")
+        self.check(works, options)
+        self._places = [self._place(work) for work in works]
+        self._remote = [n for n, work in enumerate(works) if is_remote(work)]
+
+    @staticmethod
+    def check(works: Sequence[Work], options: StepOptions) -> None:
+        """Says nothing if these can be gathered with these options.
+
+        Raises:
+            InvalidData: they cannot.
+        """
+        for work in works:
+            check_work(work)
         if options.key and len(works) > 1:
             raise InvalidData("step key", "is of one step, not of a gather")
         if options.name and any(map(is_remote, works)):
             raise InvalidData("step name", "is of plain functions: Celery steps and child flows have theirs")
-        if how.at_once is not None and (isinstance(how.at_once, bool) or how.at_once < 1):
-            raise InvalidData("gather limit", "must be a whole number from 1")
-        for work in works:
-            check_work(work)
-        self._places = [self._place(work) for work in works]
-        self._remote = [n for n, work in enumerate(works) if is_remote(work)]
 
     def _place(self, work: Work) -> Place | None:
         """Where a member stands that runs elsewhere; a plain function finds its own place."""
@@ -163,7 +172,8 @@ class Gather:
         if isinstance(work, ChildFlow):
             if self._options.retry is not None:
                 raise InvalidData("step retry", "is not of child flows: their own steps are tried again")
-            deadline = None if self._options.timeout is None else self._driver.now() + self._options.timeout
+            timeout = self._options.timeout or work.definition.timeout
+            deadline = None if timeout is None else self._driver.now() + timeout
             return child_member(self._driver.flow, place, work, deadline, cleanup=cleanup)
         assert isinstance(work, Signature)
         options = self._options.over(options_of(_function(self._driver.app, work))).over(self._driver.defaults)

@@ -84,7 +84,7 @@ class FlowHandle(Generic[Out]):
             reason = flow.state_json.get("failure", {}).get("reason", "unknown")
             undo_failed = error.get("undo_failed", ())
             raise FlowFailed(flow.id, reason, error.get("type", "unknown"), error.get("message", ""), undo_failed)
-        definition = self._definition or self._runtime.registry.get(flow.controller_id)
+        definition = self._runtime.registry.get(flow.controller_id, flow.definition_version) or self._definition
         result: Out = flow.result_json if definition is None else definition.output.decode("result", flow.result_json)
         return result
 
@@ -146,9 +146,9 @@ class FlowHandle(Generic[Out]):
     def _decide(self, name: str, granted: bool, by: str, comment: str, session: Transaction | None) -> None:
         topic, correlation_id = approval_key(self.id, name)
         check_name("by", by)
-        flow = self.get()
-        check_open(flow, "approved")
-        decided = Approval(granted=granted, by=by, at=self._runtime.store.run(op.now), comment=comment)
+        store = self._runtime.store if session is None else self._runtime.store.using(transaction_of(session))
+        check_open(FlowManager(store).get(self.id), "approved")
+        decided = Approval(granted=granted, by=by, at=store.run(op.now), comment=comment)
         emit(self._runtime, topic, correlation_id, decided.model_dump(mode="json"), session)
 
     def resume(self, payload: dict[str, Any] | None = None) -> None:

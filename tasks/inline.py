@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from celery_flows.store import FlowStep, FlowStepStatus
+from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.changes import StepWrite
 from celery_flows.store.models import new_id
 from celery_flows.store.validation import check_name
@@ -32,7 +33,10 @@ def run_inline(
         StepFailed: it failed for good.
     """
     options = options.over(options_of(work)).over(replay.driver.defaults)
-    place = replay.place(options.name or step_name(work), options.key)
+    name = options.name or step_name(work)
+    if inspect.iscoroutinefunction(work):
+        raise InvalidData(f"step {name}", "is a coroutine function, which cannot be a step yet")
+    place = replay.place(name, options.key)
     known = replay.find(place)
     codec = result_codec(work)
     if known is not None and known.status.is_terminal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import UUID, uuid5
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
     run_id: str
     name: str
-    position: int  # from 1
+    position: int  # from 1; 0 for a step that is known by its key, wherever it stands
 
 
 class Replay:
@@ -39,6 +39,7 @@ class Replay:
         self.undos: list[Undo] = []
         self.cleaning = False  # the flow was told that it is cancelled, or past its deadline; or it has failed
         self._inside: str | None = None  # the step that is running now
+        self._position = 0
         self._counts: dict[str, int] = {}
         self._reached: set[str] = set()
 
@@ -54,27 +55,41 @@ class Replay:
         Raises:
             InvalidData: it is taken inside another step, or the key was used before.
         """
-        if self._inside is not None:
-            raise InvalidData(f"step {name}", f"was taken inside step {self._inside}; steps do not nest")
+        self.refuse_inside(f"step {name}")
         run_id = run_id_of(self.flow_id, name, self.count(name)) if key is None else run_id_by(self.flow_id, name, key)
         if run_id in self._reached:
             raise InvalidData(f"step {name}", "has a key that an earlier step of this name has")
         self._reached.add(run_id)
-        return Place(run_id, name, len(self._reached))
+        if key is not None:
+            return Place(run_id, name, 0)
+        self._position += 1
+        return Place(run_id, name, self._position)
+
+    def refuse_inside(self, what: str) -> None:
+        """Says nothing outside of steps.
+
+        Raises:
+            InvalidData: a step is running.
+        """
+        if self._inside is not None:
+            raise InvalidData(what, f"was taken inside step {self._inside}; steps do not nest")
 
     def count(self, name: str) -> int:
         """How often this name has come by now, from 1."""
         self._counts[name] = self._counts.get(name, 0) + 1
         return self._counts[name]
 
-    def find(self, place: Place) -> FlowStep | None:
-        """What history has of this step. Where it has another one in that place, which the function has not come to,
-        the function is not the one that history was made by, and does not go on."""
+    def find(self, place: Place, *, waits: bool = False) -> FlowStep | None:
+        """What history has of this step. Where it has another one in that place, which the function has not come to, or
+        one that ``waits`` where this one does not, the function is not the one that history was made by, and does not
+        go on."""
         known = self.driver.history.get(place.run_id)
         if known is None:
             other = self.driver.recorded_at(place.position)
             if other is not None and other.run_id not in self._reached:
                 self.driver.refuse_history(HistoryMismatch(other.task, place.name, place.position))
+        elif is_wait(known) != waits:
+            self.driver.refuse_history(HistoryMismatch(known.task, f"{place.name}, which is another", place.position))
         return known
 
     def finish(self) -> None:
@@ -88,15 +103,17 @@ class Replay:
     def begin(self) -> None:
         """Called before anything new happens, or a wait is taken up again: here a flow is told, once, that it is
         cancelled or past its deadline."""
-        if (told := self.driver.must_stop(cleaning=self.cleaning)) is not None:
+        if not self.cleaning and (told := self.driver.to_be_told()) is not None:
             self.cleaning = True
             raise told
+        self.driver.check_stop()
 
     def tell_once(self, go_on: Callable[[], T]) -> T:
         """Goes on; a cancel that comes in the moment before tells the flow too, so what follows is cleanup."""
         try:
             return go_on()
         except FlowCancelled:
+            self.driver.settle_before_telling()
             self.cleaning = True
             raise
 
@@ -129,9 +146,15 @@ class Replay:
         if step.status is FlowStepStatus.SUCCEEDED:
             return step.result_json if codec is None else codec.decode(f"result of step {step.task}", step.result_json)
         if step.status is FlowStepStatus.CANCELLED:
+            told = self.driver.to_be_told() or FlowCancelled(self.flow_id)
             self.cleaning = True
-            raise FlowCancelled(self.flow_id)
+            raise told
         raise failure_of(step.task, step.error_json)
+
+
+def is_wait(step: FlowStep) -> bool:
+    """Whether the step is a wait, by what it was taken with."""
+    return isinstance(step.args_json, Mapping) and not step.args_json.keys().isdisjoint(("at", "topic"))
 
 
 def run_id_of(flow_id: UUID, name: str, count: int) -> str:

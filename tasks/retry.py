@@ -53,7 +53,7 @@ class Retry:
             pause = getattr(self, name)
             if not isinstance(pause, timedelta) or pause < timedelta(0):
                 raise InvalidData(f"retry.{name}", "must be a timedelta, and not negative")
-        if not 1 <= self.factor <= MAX_FACTOR:
+        if not isinstance(self.factor, int | float) or not 1 <= self.factor <= MAX_FACTOR:
             raise InvalidData("retry.factor", f"must be a number from 1 to {MAX_FACTOR:g}")
         for name in "on", "unless":
             given = getattr(self, name)

@@ -18,7 +18,7 @@ from celery_flows.store.validation import check_name, encode_json
 from celery_flows.tasks import wait_steps
 from celery_flows.tasks.approval import Approval, approval_key
 from celery_flows.tasks.children import ChildFlow
-from celery_flows.tasks.errors import StepFailed
+from celery_flows.tasks.errors import FlowCancelled, FlowTimedOut, StepFailed
 from celery_flows.tasks.gather import Gather, How, Work
 from celery_flows.tasks.inline import run_inline
 from celery_flows.tasks.options import StepOptions
@@ -150,9 +150,13 @@ class Run:
         """
         return self._gather(members, How(collects_failures=return_exceptions, at_once=limit))
 
-    def first(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> T:
+    @overload
+    def first(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> T: ...
+    @overload
+    def first(self, members: Iterable[Work]) -> Any: ...
+    def first(self, members: Iterable[Any]) -> Any:
         """Runs Celery signatures and flows side by side, and gives the result of the one that succeeds first. The
-        others are cancelled if nobody has begun them; else they go on, and their results are recorded.
+        others are cancelled if nobody has begun them; else they go on, and are recorded if they end before the flow.
 
         Raises:
             StepFailed: all of them failed.
@@ -161,7 +165,7 @@ class Run:
         gather = self._gather_of(members, How(first_only=True))
         if not gather.is_all_remote:
             raise InvalidData("first", "takes one or more of task.s(…) and flow.s(…)")
-        return cast("T", gather.first())
+        return gather.first()
 
     def _gather(self, members: Iterable[Work], how: How) -> list[Any]:
         return self._gather_of(members, how).results()
@@ -180,10 +184,13 @@ class Run:
         task, run as a step, retried as steps are. The latest comes first. One that fails is reported with the flow's
         error, and the others are run all the same.
         """
+        self._replay.refuse_inside("on_failure")
         if isinstance(undo, Task):
             undo, args, kwargs = undo.s(*args, **kwargs), (), {}
         elif not callable(undo):
             raise InvalidData("on_failure", f"takes a function or a Celery task, not {type(undo).__name__}")
+        if isinstance(undo, Signature):
+            Gather.check([undo], self._options)
         self._replay.undos.append(Undo(self._options, undo, args, kwargs))
 
     def undo(self) -> list[str]:
@@ -192,12 +199,17 @@ class Run:
         """
         failed = []
         while self._replay.undos:
-            undo = self._replay.undos.pop()
+            undo = self._replay.undos[-1]  # it stays until it is closed: a cancel may come first
             step = Run(self._replay, undo.options).step
             try:
                 step(undo.work, *undo.args, **undo.kwargs)
             except StepFailed as failure:
                 failed.append(failure.step)
+            except Exception as error:
+                if not self._replay.cleaning or isinstance(error, FlowCancelled | FlowTimedOut):
+                    raise
+                failed.append(f"{undo.name} ({type(error).__name__})")  # it could not even begin
+            self._replay.undos.pop()
         return failed
 
     def clean_up(self) -> list[str]:
@@ -209,6 +221,7 @@ class Run:
 
     def sleep(self, duration: timedelta) -> None:
         """Waits without a worker, for seconds or months, by the database's clock."""
+        self._without_options()
         wait_steps.sleep(self._replay, lambda: self._replay.driver.now() + duration)
 
     def sleep_until(self, at: datetime) -> None:
@@ -217,6 +230,7 @@ class Run:
         Raises:
             InvalidData: the time is naive.
         """
+        self._without_options()
         moment = as_utc("at", at)
         wait_steps.sleep(self._replay, lambda: moment)
 
@@ -228,6 +242,7 @@ class Run:
             WaitTimedOut: it did not come in time.
             InvalidData: topic or correlation id is empty or too long.
         """
+        self._without_options()
         check_name("topic", topic)
         check_name("correlation_id", correlation_id)
         return wait_steps.wait_for(self._replay, f"wait_for {topic}", topic, correlation_id, timeout)
@@ -240,6 +255,7 @@ class Run:
             WaitTimedOut: nobody did in time.
             InvalidData: the name is empty or too long, or what was emitted by hand is no approval.
         """
+        self._without_options()
         topic, correlation_id = approval_key(self.flow_id, name)
         payload = wait_steps.wait_for(self._replay, topic, topic, correlation_id, timeout)
         try:
@@ -256,6 +272,7 @@ class Run:
         Raises:
             InvalidData: a value cannot be JSON.
         """
+        self._without_options()
         encode_json("state", state)
         place = self._replay.place("update")
         if self._replay.find(place) is None:
@@ -270,6 +287,7 @@ class Run:
         Raises:
             InvalidData: the input is not what the flow takes, or cannot be JSON; or this is a child flow, or cleans up.
         """
+        self._without_options()
         self._replay.begin()
         self._replay.refuse_in_cleanup("restart_as")
         self._replay.finish()
@@ -278,12 +296,21 @@ class Run:
 
     def now(self) -> datetime:
         """The time, in UTC by the database's clock; recorded, so that a replay sees the same."""
+        self._without_options()
         return cast("datetime", run_inline(self._replay, StepOptions(name="now"), self._replay.driver.now, (), {}))
 
     def uuid(self) -> UUID:
         """A new UUID; when replayed the same one. Derived from the flow's id, so it costs no record."""
+        self._without_options()
+        self._replay.refuse_inside("run.uuid()")
         return uuid5(self.flow_id, f"uuid {self._replay.count('run.uuid()')}")
 
     def random(self) -> float:
         """A random number from 0 to below 1; when replayed the same one. It costs no record, as :meth:`uuid`."""
+        self._without_options()
+        self._replay.refuse_inside("run.random()")
         return random.Random(str(uuid5(self.flow_id, f"random {self._replay.count('run.random()')}"))).random()
+
+    def _without_options(self) -> None:
+        if self._options != StepOptions():
+            raise InvalidData("run.options()", "is for step, transaction, flow, gather, first and on_failure")

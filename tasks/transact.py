@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from celery_flows.store import FlowStepStatus
 from celery_flows.store.changes import StepWrite
-from celery_flows.store.script import is_conflict, is_lost
+from celery_flows.store.script import is_conflict
 from celery_flows.tasks.inline import Attempts, step_name
 from celery_flows.tasks.options import StepOptions, options_of
 from celery_flows.tasks.payloads import read_back, result_codec
@@ -20,9 +20,9 @@ from celery_flows.tasks.timeout import time_limit
 
 
 class Raised(Exception):
-    """Carries a function's own database error past the store, which would take it for its own."""
+    """Carries what a function raised past the store and the driver, which would take it for their own."""
 
-    def __init__(self, error: SQLAlchemyError) -> None:
+    def __init__(self, error: Exception) -> None:
         self.error = error
 
 
@@ -50,12 +50,13 @@ def run_transaction(
         try:
             with session, replay.inside(place.name), time_limit(options.seconds):
                 value = work(session, *args, **kwargs)
+                session.flush()
+                result = codec.encode(what, value, driver.max_payload_bytes)
                 session.commit()
-        except SQLAlchemyError as error:
-            if is_conflict(error) or is_lost(error):
+        except Exception as error:
+            if isinstance(error, SQLAlchemyError) and (is_conflict(error) or connection.invalidated):
                 raise
             raise Raised(error) from error
-        result = codec.encode(what, value, driver.max_payload_bytes)
         return attempts.written(FlowStepStatus.SUCCEEDED, began, result=result)
 
     def attempt(began: float) -> str:

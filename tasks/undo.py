@@ -16,3 +16,8 @@ class Undo:
     work: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What it is called where it could not begin."""
+        return str(getattr(self.work, "task", None) or getattr(self.work, "__name__", type(self.work).__name__))

@@ -19,7 +19,7 @@ WAIT_TIMED_OUT = WaitTimedOut.__name__
 def sleep(replay: Replay, until: Callable[[], datetime]) -> None:
     """Waits until a time that is asked for once, and recorded."""
     place = replay.place("sleep")
-    known, driver = replay.find(place), replay.driver
+    known, driver = replay.find(place, waits=True), replay.driver
     if known is not None and known.status.is_terminal:
         replay.outcome(known, None)
         return
@@ -42,7 +42,7 @@ def wait_for(replay: Replay, name: str, topic: str, correlation_id: str, timeout
         WaitTimedOut: it did not come in time.
     """
     place = replay.place(name)
-    known = replay.find(place)
+    known = replay.find(place, waits=True)
     if known is None or not known.status.is_terminal:
         replay.begin()
         wait = _external_wait(replay, topic, correlation_id, timeout, place.run_id, known)

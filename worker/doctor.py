@@ -85,7 +85,8 @@ KINDS = {
     "history_refused": Kind(
         True,
         "flows are left alone, for the function here is not the one that their history was made by",
-        "deploy the old function again, under its version; give the new one a version of its own",
+        "deploy the old function again, under its version, and give the new one a version of its own (a look follows "
+        "every 10 minutes); or end the flow without its cleanup: flows.manager.cancel(id)",
     ),
     "unknown_task": Kind(
         True,

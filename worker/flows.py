@@ -110,8 +110,8 @@ class Flows:
 
         Args:
             queue: where its drive messages go; None: ``task_default_queue``.
-            version: a flow goes on with the version that it began with, and begins with the latest. A function whose
-                steps change gets a new version, and the old one stays until its flows have ended.
+            version: a flow goes on with the version that it began with. A function whose steps change gets a new
+                version, and the old one stays until its flows have ended.
             retry: how often and when its steps are tried again, where nothing else is said.
             timeout: how long after its start a flow has to end; past that it is told (:class:`FlowTimedOut`), and
                 fails.

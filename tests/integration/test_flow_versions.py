@@ -134,7 +134,7 @@ def test_a_step_that_is_added_after_those_recorded_is_no_mismatch(make_bench: Ma
     assert after.finish(after.flows.handle(handle.id)) == "end"
 
 
-def test_a_flow_that_is_refused_can_be_cancelled(make_bench: MakeBench) -> None:
+def test_a_flow_that_is_refused_can_be_ended_by_hand(make_bench: MakeBench) -> None:
     before, changed = make_bench(), make_bench()
     handle = before.flows.flow("grows")(first_version).start()
     before.work()
