@@ -98,7 +98,7 @@ MUTANTS = [
            ("poisoned step",)),
     Mutant("progress forgives no crash", sqlite, "change", with_arguments(p.forgive_nothing), ("inline",)),
     # 4: wake and park
-    Mutant("a wake ends a lease", sqlite, "_due_if_free", lambda _: lambda at: at, (*CANCELS, "resume by hand")),
+    Mutant("a wake ends a lease", sqlite, "_due_if_free", lambda _: lambda at, cancels: at, (*CANCELS, "resume by hand")),
     Mutant("a wake is not counted", sqlite, "_settle_drive_row", then(p.uncount_wake),
            ("pause", "event before the park")),
     Mutant("a completion's wake is not counted", sqlite, "complete", then(p.uncount_wake_of_join), CANCELS),
@@ -156,7 +156,8 @@ MUTANTS = [
     # 14, 15, 17: keys, lease checks, mirrors
     Mutant("a start does not ask for the key", op, "create_flow", with_arguments(p.without_key), ("two starts",)),
     Mutant("no lease check before an inline step", Driver, "check_lease", nothing, ("inline",)),
-    Mutant("no lease check before a Celery step", steps_module, "surely_held", p.trust_the_lease, GATHERS),
+    Mutant("no lease check before a Celery step", steps_module, "surely_held", p.trust_the_lease, GATHERS,
+           first_seed=800),
     Mutant("an observation closes a step that a worker runs", op, "observe_step", p.observe_anything,
            ("observed by hand",)),
     # Workers that stop

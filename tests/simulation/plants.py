@@ -239,7 +239,7 @@ def forgive_nothing(conn: Connection, what: Change) -> tuple[Any, ...]:
 
 
 def keep_due(original: Any) -> Any:
-    return lambda at: _d.due_at
+    return lambda at, cancels: _d.due_at
 
 
 def park_blindly(conn: Connection, what: Park) -> tuple[Any, ...]:
