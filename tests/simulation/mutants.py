@@ -98,7 +98,8 @@ MUTANTS = [
            ("poisoned step",)),
     Mutant("progress forgives no crash", sqlite, "change", with_arguments(p.forgive_nothing), ("inline",)),
     # 4: wake and park
-    Mutant("a wake ends a lease", sqlite, "_due_if_free", lambda _: lambda at, cancels: at, (*CANCELS, "resume by hand")),
+    Mutant("a wake ends a lease", sqlite, "_due_if_free", lambda _: lambda at, cancels: at,
+           (*CANCELS, "resume by hand")),
     Mutant("a wake is not counted", sqlite, "_settle_drive_row", then(p.uncount_wake),
            ("pause", "event before the park")),
     Mutant("a completion's wake is not counted", sqlite, "complete", then(p.uncount_wake_of_join), CANCELS),
