@@ -162,7 +162,7 @@ class Driver:
 
     def _run(self, definition: FlowDefinition[Any, Any]) -> None:
         self._read_history()
-        if (self._cancel_requested or self._is_late()) and self._open_members and not self._cleanup_is_out():
+        if (self._cancel_requested or self._is_late()) and not self._cleanup_is_out():
             self._drain()
             self._read_history()
         self.defaults = definition.defaults

@@ -135,7 +135,9 @@ class InlineDriver(Driver):
     def join_group(self) -> int:
         return 0
 
-    def must_stop(self, *, cleaning: bool) -> None:
+    def check_stop(self) -> None: ...
+
+    def to_be_told(self) -> None:
         return None
 
     def settle_members(self) -> None:

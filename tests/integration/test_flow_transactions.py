@@ -7,13 +7,25 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Session
 
-from celery_flows import FlowFailed, InvalidData, Retry, Run, StepFailed, StepTimedOut
+from celery_flows import (
+    FlowFailed,
+    FlowNotFound,
+    InvalidData,
+    Retry,
+    RevisionMismatch,
+    Run,
+    StepFailed,
+    StepTimedOut,
+    StoreError,
+)
 from celery_flows.store.engines import make_engine
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
@@ -25,6 +37,23 @@ metadata = sa.MetaData()
 accounts = sa.Table(
     "test_accounts", metadata, sa.Column("name", sa.Text, primary_key=True), sa.Column("cents", sa.Integer)
 )
+
+
+class Base(DeclarativeBase): ...
+
+
+class AccountRow(Base):
+    """A row of it."""
+
+    __table__ = sa.Table("test_accounts", Base.metadata, *(column._copy() for column in accounts.columns))
+
+
+class AccountOut(BaseModel):
+    """What a flow gives of a row."""
+
+    model_config = ConfigDict(from_attributes=True)
+    name: str
+    cents: int
 
 
 @pytest.fixture(autouse=True)
@@ -238,3 +267,63 @@ def test_it_takes_effect_once_under_a_death_within(make_bench: MakeBench) -> Non
     assert bench.finish(handle) == "moved 10"
     assert bench.effects == ["wrote", "wrote"]
     assert balances(bench) == {"a": 90, "b": 10}
+
+
+@pytest.mark.parametrize("kind", ["mismatch", "not found", "store"])
+def test_what_the_function_raises_of_ours_is_its_own_failure(bench: Bench, kind: str) -> None:
+    """It is not taken for what became of the step's own write."""
+    errors = {
+        "mismatch": RevisionMismatch(uuid4(), 1, 2),
+        "not found": FlowNotFound("another"),
+        "store": StoreError("another database is away", is_passing=True),
+    }
+
+    def fails_once(session: Session) -> str:
+        bench.effects.append("ran")
+        told = move(session, 10)
+        if len(bench.effects) == 1:
+            raise errors[kind]
+        return told
+
+    @bench.flows.flow("again")
+    def flow(run: Run) -> str:
+        return run.options(retry=Retry(2, initial=timedelta(milliseconds=1))).transaction(fails_once)
+
+    handle = flow.start()
+    assert bench.finish(handle) == "moved 10"
+    assert balances(bench) == {"a": 90, "b": 10}
+    assert [step.attempt for step in bench.store.list_steps(handle.id)] == [2]
+
+
+def test_a_conflict_each_time_has_an_end(make_bench: MakeBench) -> None:
+    bench = make_bench(max_crashes=2)
+
+    def conflicts(session: Session) -> None:
+        bench.effects.append("ran")
+        if bench.store.engine.dialect.name == "postgresql":
+            session.execute(sa.text("DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '40001'; END $$"))
+        raise sa.exc.OperationalError("x", {}, Exception("database is locked"))
+
+    @bench.flows.flow("conflicts")
+    def flow(run: Run) -> None:
+        run.transaction(conflicts)
+
+    handle = flow.start()
+    for _ in range(4):
+        bench.drive(handle.id)
+        bench.sweep()
+    with pytest.raises(FlowFailed, match="lost"):
+        handle.result(0)
+    assert balances(bench) == {"a": 100, "b": 0}
+    assert len(bench.effects) > 2  # the store tried several times each
+
+
+def test_a_result_is_read_while_its_rows_are_there(bench: Bench) -> None:
+    def read(session: Session) -> AccountOut:
+        return session.get_one(AccountRow, "a")  # type: ignore[return-value]
+
+    @bench.flows.flow("reads")
+    def flow(run: Run) -> AccountOut:
+        return run.transaction(read)
+
+    assert bench.finish(flow.start()) == AccountOut(name="a", cents=100)
