@@ -17,6 +17,7 @@ from celery_flows.store.dispatch import DriveClaim
 from celery_flows.store.models import TERMINAL
 from celery_flows.tasks.errors import FlowCancelled, FlowTimedOut
 from celery_flows.tasks.lease import let_go, surely_held
+from celery_flows.tasks.loop import Loop
 from celery_flows.tasks.options import StepOptions
 from celery_flows.tasks.replay import Suspended
 from celery_flows.tasks.runtime import Runtime
@@ -50,6 +51,7 @@ class Claimed:
         self.is_over = False  # nothing more may be done under this claim
         self.interruption: BaseException | None = None  # what a step raised that ends more than the step
         self.is_due_again = False
+        self.loop = Loop()
         self._lease_until = asked_at + runtime.settings.lease_seconds
         self._claimed_at = boottime()
 
@@ -130,7 +132,10 @@ class Claimed:
 
         Raises:
             LeaseLost: another driver has taken over, or the flow has ended.
+            Suspended: the claim is over. A member of a gather may not have noticed.
         """
+        if self.is_over:
+            raise Suspended
         while True:
             try:
                 written = write()

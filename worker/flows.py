@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from functools import partial
 from typing import Any, Self, TypeVar, overload
@@ -25,6 +25,7 @@ from celery_flows.tasks.mirror import Mirror, MirrorRule, flow_id_of_root
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.retry import Retry
 from celery_flows.tasks.run import Run
+from celery_flows.tasks.run_async import AsyncRun
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.schedule import CatchUp, Overlap, parse_schedule
 from celery_flows.tasks.settings import FlowSettings
@@ -124,8 +125,8 @@ class Flows:
             overlap: "skip" leaves a slot out if the flow of the one before is still open.
 
         Raises:
-            InvalidData: name and version are taken, the function takes more than the run and one input, or an option is
-                wrong.
+            InvalidData: name and version are taken, the function takes more than the run and one input, is async and
+                takes no AsyncRun, or an option is wrong.
         """
         by = None if schedule is None else parse_schedule(name, schedule, catch_up, overlap)
         define = partial(
@@ -210,6 +211,10 @@ class _Define:
     def __init__(self, define: Callable[..., FlowDefinition[Any, Any]], runtime: Runtime) -> None:
         self._define, self._runtime = define, runtime
 
+    @overload
+    def __call__(self, function: Callable[[AsyncRun, In], Coroutine[Any, Any, Out]]) -> FlowDefinition[In, Out]: ...
+    @overload
+    def __call__(self, function: Callable[[AsyncRun], Coroutine[Any, Any, Out]]) -> FlowDefinition[None, Out]: ...
     @overload
     def __call__(self, function: Callable[[Run, In], Out]) -> FlowDefinition[In, Out]: ...
     @overload
