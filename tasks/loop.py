@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy.util.concurrency import await_only, in_greenlet
+from celery._state import _task_stack  # type: ignore[attr-defined]
+from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
 
 from celery_flows.store.errors import InvalidData
 from celery_flows.tasks.timeout import bounded, time_limit
@@ -69,6 +70,26 @@ class Loop:
                 loop.run_until_complete(end(rest))
             finally:
                 self.is_ending = False
+
+
+async def spawn(call: Callable[[], T]) -> T:
+    """Calls a function of the engine in a greenlet of its own, in which it may wait for coroutines. Celery keeps by
+    greenlet which task is running, so it is told."""
+    task = _task_stack.top
+    if task is None:
+        return await greenlet_spawn(call)
+    request = task.request_stack.top
+
+    def call_in_task() -> T:
+        _task_stack.push(task)
+        task.request_stack.push(request)
+        try:
+            return call()
+        finally:
+            task.request_stack.pop()
+            _task_stack.pop()
+
+    return await greenlet_spawn(call_in_task)
 
 
 async def end(tasks: Collection[asyncio.Task[Any]]) -> None:

@@ -11,13 +11,13 @@ from uuid import UUID
 
 from celery import Signature
 from sqlalchemy.orm import Session
-from sqlalchemy.util.concurrency import greenlet_spawn
 
 from celery_flows.store import InvalidData
 from celery_flows.tasks.approval import Approval
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.errors import StepFailed
 from celery_flows.tasks.gather import Work
+from celery_flows.tasks.loop import spawn
 from celery_flows.tasks.retry import Retry
 from celery_flows.tasks.run import Run
 
@@ -49,7 +49,7 @@ class AsyncRun:
     async def _take(self, what: str, call: Callable[[], T]) -> T:
         with self._replay.taking(f"run.{what}"):
             try:
-                return await greenlet_spawn(call)
+                return await spawn(call)
             except Exception:
                 raise
             except CancelledError:

@@ -7,13 +7,12 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
-
-from sqlalchemy.util.concurrency import greenlet_spawn
 
 from celery_flows.tasks.errors import StepFailed
 from celery_flows.tasks.inline import Again, Attempts, InlineStep, retry_at
-from celery_flows.tasks.loop import end
+from celery_flows.tasks.loop import end, spawn
 from celery_flows.tasks.replay import Replay
 
 
@@ -91,7 +90,7 @@ class SideBySide:
                 if self._running:
                     await self._until_one_ends()
                 else:
-                    await greenlet_spawn(self._rest)
+                    await spawn(self._rest)
         finally:  # what ends one of them may end the claim: no other goes on
             await end(self._running)
 
@@ -113,7 +112,7 @@ class SideBySide:
     async def _attempt(self, member: Member) -> str | Again | BaseException | None:
         """What an attempt comes to, if only an exception: a task that raises SystemExit would end the loop."""
         try:
-            return await greenlet_spawn(self._once, member)
+            return await spawn(partial(self._once, member))
         except BaseException as error:
             return error
 

@@ -21,13 +21,12 @@ class Telling(Claimed):
 
     def check_stop(self) -> None:
         """Unwinds the flow function when the claim is over, the worker is stopping, or the flow is paused."""
-        if self.may_go_on():
-            return
         if self.is_over:
             raise Suspended
         if self.runtime.stopping.is_set():
             self._hand_over_to_another_worker()
-        self.park(None)  # the flow is paused
+        if self.is_paused:
+            self.park(None)
 
     def may_go_on(self) -> bool:
         """Whether :meth:`check_stop` would unwind nothing."""
