@@ -47,13 +47,15 @@ class AsyncRun:
         self.logger = run.logger
 
     async def _take(self, what: str, call: Callable[[], T]) -> T:
+        if self._is_ending:  # cleaning up in the function, as it is cancelled, takes no steps
+            raise CancelledError
         with self._replay.taking(f"run.{what}"):
             try:
                 return await spawn(call)
             except Exception:
                 raise
             except CancelledError:
-                if self._replay.driver.loop.is_ending or self._replay.unwound_by is not None:
+                if self._is_ending:
                     raise
                 told = "was cancelled by the flow function; bound a step by run.options(timeout=…)"
                 raise InvalidData(f"run.{what}", told) from None
@@ -61,6 +63,10 @@ class AsyncRun:
                 self._replay.unwound_by = error
                 self._replay.driver.loop.end_main()
                 raise
+
+    @property
+    def _is_ending(self) -> bool:
+        return self._replay.driver.loop.is_ending or self._replay.unwound_by is not None
 
     # ---- steps ----
 
