@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import assert_type
 
@@ -53,6 +52,4 @@ def test_the_result_of_an_async_flow_is_no_coroutine() -> None:
     assert_type(crawl, FlowDefinition[str, list[int]])
     assert_type(nothing, FlowDefinition[None, str])
     assert_type(count, FlowDefinition[str, int])
-    results: Callable[[], list[int]] = lambda: crawl.start("url").result()  # noqa: E731
-    assert callable(results)
     assert crawl.output.decode("result", ["7"]) == [7]
