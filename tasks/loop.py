@@ -124,8 +124,10 @@ def is_async(work: Callable[..., Any]) -> bool:
 
 
 def is_cancelled() -> bool:
-    """Whether somebody has cancelled the task that is running, so that its CancelledError is not its own affair."""
-    task = asyncio.current_task()
+    """Whether somebody has cancelled the task that is running, so that its CancelledError is not its own affair. In a
+    plain flow there is none, once what ran in the loop has ended."""
+    loop = asyncio._get_running_loop()
+    task = None if loop is None else asyncio.current_task(loop)
     return task is not None and task.cancelling() > 0
 
 

@@ -10,6 +10,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+from celery_flows.store import InvalidData
 from celery_flows.tasks.errors import StepFailed
 from celery_flows.tasks.inline import Again, Attempts, InlineStep, retry_at
 from celery_flows.tasks.loop import end, spawn
@@ -138,6 +139,8 @@ class SideBySide:
                 self._paused.append((self._driver.note_retry(step, pause), member))
             case StepFailed():
                 self._failures[member.number] = outcome
+            case asyncio.CancelledError():
+                raise InvalidData(f"step {member.step.place.name}", "has cancelled its own task") from outcome
             case _:
                 raise outcome
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from asyncio import CancelledError
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery:
         return Completion(claim.holder, claim.flow_id, FlowStepStatus.SUCCEEDED)
     except (TimeIsUp, SoftTimeLimitExceeded):
         return failed(claim, timed_out(claim.task, claim.args.get("timeout")))
-    except (Exception, Reject) as error:
+    except (Exception, CancelledError, Reject) as error:
         return failed(claim, error)
     except BaseException as error:
         let_go(runtime, claim.holder, error)

@@ -598,6 +598,37 @@ def test_what_a_late_async_step_has_failed_of(bench: Bench, work: Any, told: str
     assert bench.finish(handle) == told
 
 
+@pytest.mark.parametrize("kind", ["inline", "celery"])
+def test_a_plain_flow_is_told_of_a_step_that_ended_of_another_cancel(bench: Bench, kind: str) -> None:
+    task = bench.task("cancelled")(ends_of_another_cancel)
+
+    @bench.flows.flow("told")
+    def told(run: Run) -> str:
+        try:
+            run.step(task if kind == "celery" else ends_of_another_cancel)
+        except StepFailed as failed:
+            return failed.type
+        return ""
+
+    assert bench.finish(told.start()) == "CancelledError"
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_step_that_cancels_its_own_task_fails_a_plain_flow(bench: Bench, at_once: int) -> None:
+    async def cancels_itself() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+
+    @bench.flows.flow("plain")
+    def plain(run: Run) -> None:
+        run.gather([cancels_itself, hang][:at_once])
+
+    with pytest.raises(FlowFailed, match="step cancels_itself: has cancelled its own task"):
+        bench.finish(plain.start())
+
+
 def test_a_plain_step_of_an_async_flow_is_interrupted(bench: Bench) -> None:
     @bench.flows.flow("sleeps")
     async def sleeps(run: AsyncRun) -> str:
