@@ -70,7 +70,7 @@ def test_a_name_is_taken_once(flows: Flows) -> None:
 
 
 def test_a_name_of_the_engines_own_is_refused(flows: Flows) -> None:
-    with pytest.raises(InvalidData, match="'flows.event' is taken by celery-flows itself"):
+    with pytest.raises(InvalidData, match=r"'flows\.event' is taken by celery-flows itself"):
         flows.flow("flows.event")(no_input)
 
 
