@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, NoReturn
@@ -74,6 +74,20 @@ class Driver(Telling):
     def interrupt(self, error: BaseException) -> None:
         """A step raised what ends its process, or was meant to: the claim is over, and ends with just that."""
         self.is_over, self.interruption = True, error
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """While the body of a step runs that cancel and deadline may interrupt.
+
+        Raises:
+            Interrupted: they did, or seemed to: see :meth:`look_for_cause`.
+        """
+        assert self.holder.worker is not None
+        return self.runtime.interrupts.body(self.holder.worker)
+
+    def look_for_cause(self) -> None:
+        """After an interrupt: reads whether the flow is cancelled."""
+        with self.unwinding():
+            self.look_again()
 
     def retry(self, step: StepWrite, pause: float) -> None:
         """Writes that an attempt failed; the next may begin after ``pause`` seconds. Suspends until then, unless that

@@ -12,6 +12,7 @@ from celery_flows.store.changes import StepWrite
 from celery_flows.store.models import new_id
 from celery_flows.store.validation import check_name
 from celery_flows.tasks.errors import StepTimedOut, failure_of
+from celery_flows.tasks.interrupts import Interrupted
 from celery_flows.tasks.options import StepOptions, options_of
 from celery_flows.tasks.payloads import describe, read_back, result_codec
 from celery_flows.tasks.replay import Place, Replay, Suspended
@@ -44,7 +45,7 @@ def run_inline(
     what = f"result of step {place.name}"
 
     def body() -> str:
-        with replay.inside(place.name), time_limit(options.seconds):
+        with replay.inside(place.name), time_limit(options.seconds), replay.interruptible():
             value = work(*args, **kwargs)
         return codec.encode(what, value, replay.driver.max_payload_bytes)
 
@@ -88,6 +89,8 @@ class Attempts:
                 return attempt(began)
             except Suspended:
                 raise
+            except Interrupted:  # the attempt has come to nothing: the flow is told now, or it is made again
+                self._driver.look_for_cause()
             except (Exception, TimeIsUp) as raised:
                 self._failed(raised, began)
             except (

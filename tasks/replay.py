@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import UUID, uuid5
 
@@ -38,6 +38,7 @@ class Replay:
         self.driver = driver
         self.undos: list[Undo] = []
         self.cleaning = False  # the flow was told that it is cancelled, or past its deadline; or it has failed
+        self.undoing = False  # by itself, though it may go on
         self._inside: str | None = None  # the step that is running now
         self._position = 0
         self._counts: dict[str, int] = {}
@@ -135,6 +136,10 @@ class Replay:
             yield
         finally:
             self._inside = None
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """While the step's own code runs, within all else: what cleans up or undoes is left in peace."""
+        return nullcontext() if self.cleaning or self.undoing else self.driver.interruptible()
 
     def outcome(self, step: FlowStep | None, codec: Codec | None) -> Any:
         """What a closed step came to: its result, or what it raised.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -145,6 +145,10 @@ class InlineDriver(Driver):
 
     def cancel_idle_members(self) -> None:
         """They are closed."""
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Nobody interrupts."""
+        return nullcontext()
 
     def interrupt(self, error: BaseException) -> None:
         """It ends the test."""
