@@ -81,9 +81,13 @@ class Stops:
     def settle(self, dead: Iterable[str]) -> None:
         """What processes held that were ended here: a step is cancelled, a flow goes on at once; they did not crash."""
         for token in self._ended.keys() & set(dead):
-            held = self._ended[token]
-            if held.kind == "step":
-                cancel_stopped(self._runtime, token)
-            elif self._runtime.store.run(dispatch.hand_back_all, [held.worker]):
-                self._runtime.call_worker(held.run_id)
+            settle_ended(self._runtime, self._ended[token])
             del self._ended[token]
+
+
+def settle_ended(runtime: Runtime, held: Held) -> None:
+    """Records what became of a row whose holder's process was ended because the row's flow is to end."""
+    if held.kind == "step":
+        cancel_stopped(runtime, held.worker.rpartition("/")[0])
+    elif runtime.store.run(dispatch.hand_back_all, [held.worker]):
+        runtime.call_worker(held.run_id)
