@@ -102,7 +102,9 @@ class Pass:
         except FlowCancelled as cancelled:
             self._end_badly(cancelled)
 
-    def _end(self, outcome: Callable[[], tuple[str, dict[str, Any]]], *, illegal_after_cancel: bool = True) -> None:
+    def _end(
+        self, outcome: Callable[[], tuple[str, dict[str, Any]]], *, illegal_after_cancel: bool = True, **more: Any
+    ) -> None:
         """The last write.
 
         Raises:
@@ -111,7 +113,7 @@ class Pass:
         driver = self._driver
         if driver.is_over:  # the function caught what was to unwind it
             raise Suspended
-        driver.write(outcome, drive=End(), illegal_after_cancel=illegal_after_cancel)
+        driver.write(outcome, drive=End(), illegal_after_cancel=illegal_after_cancel, **more)
         if (run_id := driver.claim.parent_run_id) is not None:
             settle_child(driver.runtime, run_id)
 
@@ -135,7 +137,8 @@ class Pass:
         columns: dict[str, Any] = {"status": FlowStatus.CANCELLED, "cancel_requested": True, "wait_json": None}
         if undo_failed:
             columns["error_json"] = _told(error, undo_failed)
-        self._end(lambda: ("cancelled", columns), illegal_after_cancel=False)
+        payload = {"undo_failed": undo_failed} if undo_failed else {}
+        self._end(lambda: ("cancelled", columns), illegal_after_cancel=False, payload=payload)
 
     def _end_failed(self, error: Exception, undo_failed: list[str]) -> None:
         def failed() -> tuple[str, dict[str, Any]]:

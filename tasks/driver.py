@@ -31,6 +31,7 @@ from celery_flows.store.waits import ExternalEventWait, TimerWait, event_key, wa
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import HistoryMismatch
 from celery_flows.tasks.inline import RETRY_AT
+from celery_flows.tasks.interrupts import Interruptible
 from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.replay import Place, Suspended
 from celery_flows.tasks.telling import Telling
@@ -79,6 +80,16 @@ class Driver(Telling):
     def interrupt(self, error: BaseException) -> None:
         """A step raised what ends its process, or was meant to: the claim is over, and ends with just that."""
         self.is_over, self.interruption = True, error
+
+    def interruptible(self) -> Interruptible:
+        """How cancel and deadline may interrupt the body of a step; see :meth:`look_for_cause`."""
+        assert self.holder.worker is not None
+        return Interruptible(self.runtime.interrupts, self.holder.worker)
+
+    def look_for_cause(self) -> None:
+        """After an interrupt: reads whether the flow is cancelled."""
+        with self.unwinding():
+            self.look_again()
 
     def retry(self, step: StepWrite, pause: float) -> None:
         """Writes that an attempt failed; the next may begin after ``pause`` seconds. Suspends until then, unless that

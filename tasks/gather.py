@@ -225,7 +225,10 @@ class Gather:
             return child_member(self._driver.flow, place, work, deadline, cleanup=cleanup)
         assert isinstance(work, Signature)
         options = self._options.over(options_of(_function(self._driver.app, work))).over(self._driver.defaults)
-        return member_of(self._driver.app, place, work, options, self._driver.max_payload_bytes, cleanup=cleanup)
+        return member_of(
+            self._driver.app, place, work, options, self._driver.max_payload_bytes, cleanup=cleanup,
+            undoing=self._replay.undoing,
+        )  # fmt: skip
 
 
 def is_remote(work: Work) -> TypeGuard[Remote]:

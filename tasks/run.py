@@ -220,6 +220,13 @@ class Run:
         """Runs what :meth:`on_failure` was told, the latest first, and gives the names of those that failed. The flow
         does so by itself when it fails or is cancelled; here for a function that means to go on.
         """
+        self._replay.undoing = True
+        try:
+            return self._undo()
+        finally:
+            self._replay.undoing = False
+
+    def _undo(self) -> list[str]:
         failed = []
         while self._replay.undos:
             undo = self._replay.undos[-1]  # it stays until it is closed: a cancel may come first

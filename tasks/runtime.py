@@ -18,6 +18,7 @@ from celery_flows.store import FlowManager, InvalidData, SqlFlowStore, dispatch,
 from celery_flows.store.engines import make_engine
 from celery_flows.store.script import Call
 from celery_flows.tasks.ahead import Ahead
+from celery_flows.tasks.interrupts import Interrupts
 from celery_flows.tasks.loop import pause
 from celery_flows.tasks.polling import poll
 from celery_flows.tasks.publish import Publisher
@@ -36,6 +37,7 @@ class Runtime:
         self.app = app
         self.registry = Registry()
         self.stopping = Stopping()
+        self.interrupts = Interrupts()
         self.ahead = Ahead()
         self.mirror_rules: list[MirrorRule] = []
         self._store = store

@@ -13,9 +13,18 @@ from celery import Celery, Signature
 
 from celery_flows import AsyncRun, Event, FlowCancelled, Flows, FlowTimedOut, Retry, Run, StepFailed, WaitTimedOut
 from celery_flows.store import dispatch
+from celery_flows.tasks.interrupts import Interrupted
 from celery_flows.tasks.replay import run_id_of
 from tests.simulation.invariants import Observer
-from tests.simulation.world import Crash, SimulatedPublisher, SimulatedStopping, Violation, World, make_store
+from tests.simulation.world import (
+    Crash,
+    SimulatedInterrupts,
+    SimulatedPublisher,
+    SimulatedStopping,
+    Violation,
+    World,
+    make_store,
+)
 
 MAX_CRASHES = 4
 
@@ -30,6 +39,7 @@ app.conf.update(
 flows = Flows(app, store=store)
 flows.runtime.__dict__["publisher"] = SimulatedPublisher()
 flows.runtime.stopping = SimulatedStopping()  # type: ignore[assignment]
+flows.runtime.interrupts = SimulatedInterrupts()  # type: ignore[assignment]
 
 RETRY_SECONDS = 20
 
@@ -37,8 +47,12 @@ RETRY_SECONDS = 20
 def effect(flow_id: str, name: str, *, cleanup: bool = False, run_id: str | None = None) -> str:
     """A step's body: begins, may be interrupted, has its effect."""
     world = World.current
-    observer.begin_step(world.me(), flow_id, run_id or run_id_of(UUID(flow_id), name, 1), cleanup=cleanup)
-    world.stop_here(f"in {name}")
+    actor = world.me()
+    observer.begin_step(actor, flow_id, run_id or run_id_of(UUID(flow_id), name, 1), cleanup=cleanup)
+    for _ in range(world.stops_in_a_body):
+        world.stop_here(f"in {name}")
+        if actor is not None and actor.in_body is not None and actor.interrupted:
+            raise Interrupted
     world.effects.append((flow_id, name))
     return name
 
