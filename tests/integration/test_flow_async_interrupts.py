@@ -102,7 +102,7 @@ def test_all_members_beside_each_other_are_interrupted(bench: Bench, is_async: b
 
     @bench.flows.flow("async")
     async def coroutine(run: AsyncRun) -> list[str]:
-        return await run.gather(members(run.flow_id))
+        return [str(name) for name in await run.gather(members(run.flow_id))]
 
     handle = (coroutine if is_async else plain).start()
     bench.work()
