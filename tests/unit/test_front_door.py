@@ -37,6 +37,7 @@ PUBLIC = [
     "IllegalTransition",
     "InvalidData",
     "KeyConflict",
+    "Limit",
     "Permanent",
     "ResultTimedOut",
     "Retry",
