@@ -216,6 +216,7 @@ def _each_event_once(world: World, handles: list[FlowHandle[Any]]) -> None:
 
 
 ANY_END = ("finished", "failed", "cancelled")
+LIMITED = (defined.limited,) * 4
 
 SCENARIOS = [
     Scenario("inline", _starts(defined.inline, defined.inline), may_lose=True),
@@ -274,4 +275,12 @@ SCENARIOS = [
         "two waiters, one may time out",
         _emits(2, defined.event, defined.event_timeout), _emit_missing, may_lose=True, check=_each_event_once,
     ),
+    Scenario("limited", _starts(*LIMITED), may_lose=True),
+    Scenario("limited tree", lambda world: [defined.limited_tree.start(1) for _ in range(2)], may_lose=True),
+    Scenario("limited starts", _starts(*(defined.limited_starts,) * 4), may_lose=True),
+    Scenario("cancel limited", _with("cancel", *LIMITED), ends=ANY_END),
+    Scenario("cancel limited by hand", _with("hard cancel", *LIMITED), ends=ANY_END),
+    Scenario("pause limited", _with("pause", *LIMITED), may_lose=True),
+    Scenario("update limited", _with("update", *LIMITED), may_lose=True),
+    Scenario("deadline of limited", _starts(*(defined.limited_deadline,) * 4), ends=("finished", "failed")),
 ]  # fmt: skip
