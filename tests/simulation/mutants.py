@@ -171,7 +171,7 @@ MUTANTS = [
     Mutant("slots are not counted", limits, "_count", p.zero, ("limited", "limited starts")),
     Mutant("starts are not counted", Bounds, "recent", p.no_starts, ("limited starts",)),
     Mutant("a parent keeps its slot while its children wait for one", Driver, "keeps_slot", p.yes, ("limited tree",)),
-    Mutant("no sweep looks at limits", maintenance, "give_due", p.zero, ("cancel limited by hand",)),
+    Mutant("no sweep looks at limits", maintenance, "give_due", p.zero, ("end the holder by hand",)),
 ]  # fmt: skip
 
 

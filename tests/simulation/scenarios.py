@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from uuid import UUID
 
 from celery_flows import FlowError, FlowHandle, FlowStepStatus
 from celery_flows.tasks.drive import drive
@@ -141,6 +142,23 @@ def _emits_at_the_last_moment(world: World) -> list[FlowHandle[Any]]:
     emit = _quietly(partial(flows.emit, "topic", "key", 0), patience=(0,))
     world.at_stop["before park"] = lambda: world.spawn("emitter", emit)
     return [defined.event.start()]
+
+
+def _ends_the_holder(world: World) -> list[FlowHandle[Any]]:
+    """Somebody ends the flow that has the only slot while another queues for it."""
+    handles = [defined.limited_tree.start(0) for _ in range(2)]
+
+    def end() -> None:
+        for _ in range(200):
+            rows = defined.observer.dispatch().values()
+            holder = next((row for row in rows if row["has_slot"]), None)
+            if holder is not None and any(row["queued_at"] for row in rows):
+                flows.manager.cancel(UUID(holder["flow_id"]))
+                return
+            World.current.stop_here("watching the queue")
+
+    world.spawn("hard cancel", _quietly(end, patience=(0,)), killable=False)
+    return handles
 
 
 def _starts_twice(world: World) -> list[FlowHandle[Any]]:
@@ -280,6 +298,7 @@ SCENARIOS = [
     Scenario("limited starts", _starts(*(defined.limited_starts,) * 4), may_lose=True),
     Scenario("cancel limited", _with("cancel", *LIMITED), ends=ANY_END),
     Scenario("cancel limited by hand", _with("hard cancel", *LIMITED), ends=ANY_END),
+    Scenario("end the holder by hand", _ends_the_holder, ends=ANY_END),
     Scenario("pause limited", _with("pause", *LIMITED), may_lose=True),
     Scenario("update limited", _with("update", *LIMITED), may_lose=True),
     Scenario("deadline of limited", _starts(*(defined.limited_deadline,) * 4), ends=("finished", "failed")),
