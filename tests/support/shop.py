@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from celery import Celery, Task, signals
 from pydantic import BaseModel
 
-from celery_flows import FlowDefinition, Flows, Retry, Run, StepFailed, StepTimedOut
+from celery_flows import FlowDefinition, Flows, Limit, Retry, Run, StepFailed, StepTimedOut
 from celery_flows.store import SqlFlowStore
 from celery_flows.store.clock import boottime
 from celery_flows.store.engines import make_engine
@@ -33,6 +33,7 @@ MIRRORS = "SHOP_MIRRORS"  # root tasks of these names are mirrored
 DEFAULTS = "SHOP_DEFAULTS"  # there at all: durations are as in a real shop
 # Short, so that tests of recovery are: a real shop leaves these as they are.
 SHORT = {"flow_lease_seconds": 3, "flow_sweep_seconds": 0.2, "flow_republish_seconds": 2}
+AT_ONCE, STAY_SECONDS = 2, 0.3  # of the limited flow
 HOLD_SECONDS = 60.0  # how long a held step holds if nobody releases it
 
 
@@ -58,6 +59,7 @@ class Shop:
     retried: FlowDefinition[str, str]
     undone: FlowDefinition[str, None]
     bounded: FlowDefinition[str, list[str]]
+    limited: FlowDefinition[int, int]
     greet: Task[Any, None]
 
     @property
@@ -257,6 +259,20 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
             told.append(run.options(retry=Retry(2, initial=timedelta(milliseconds=10))).step(dawdle))
         return told
 
+    @app.task(name="shop.stay", shared=False)
+    def stay(number: int) -> int:
+        """Says when it begins and ends."""
+        effects.append(f"stay {number} began", at=boottime())
+        time.sleep(STAY_SECONDS)
+        effects.append(f"stay {number} ended", at=boottime())
+        return number
+
+    @flows.flow("shop/limited", limit=Limit(AT_ONCE))
+    def limited(run: Run, number: int) -> int:
+        """Works here, and then as a Celery step."""
+        run.step(stay.run, number)
+        return int(run.step(stay, -number))
+
     if BELLS in environment:
 
         @flows.flow("shop/bell", schedule=float(environment[BELLS]))
@@ -265,7 +281,7 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
 
     return Shop(
         app, flows, effects, fulfil, held_step, held_inline, many_inline, delayed, swollen, private, retried, undone,
-        bounded, greet,
+        bounded, limited, greet,
     )  # fmt: skip
 
 
