@@ -37,12 +37,13 @@ class Seen:
 
 @writes
 def start_due(
-    conn: Connection, name: str, due: Due, flow_at: Callable[[datetime], Flow], drive: Drive, *, skips: bool
+    conn: Connection, name: str, due: Due, flow_at: Callable[[datetime], tuple[Flow, Drive]], *, skips: bool
 ) -> Seen:
     """Starts a flow for each slot that is due, all in one transaction.
 
     Args:
         due: says which slots are.
+        flow_at: makes the flow of a slot, and its drive row.
         skips: whether a slot is passed over while the flow of the last one is open.
     """
     row = _row(conn, name, lock=False)
@@ -56,7 +57,7 @@ def start_due(
         if skips and _is_open(conn, flow_id):
             seen.skipped.append(slot)
             continue
-        flow = flow_at(slot)
+        flow, drive = flow_at(slot)
         begins = drive if slot <= at else replace(drive, due_at=slot, published=False)
         if create_flow(conn, flow, {"slot": slot.isoformat()}, begins):
             (seen.started if begins.published else seen.held_back).append(flow.id)

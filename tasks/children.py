@@ -51,7 +51,10 @@ def child_member(
     queue = definition.queue if definition.queue is None else check_name("queue", definition.queue)
     args = encode_json("child", {"cleanup": True} if cleanup else {})
     name = check_name("step", definition.name)
-    return Member(place.run_id, name, place.position, args, queue, definition.priority, child=flow)
+    return Member(
+        place.run_id, name, place.position, args, queue, definition.priority, child=flow,
+        limit_key=definition.limit_key(flow.input_json),
+    )  # fmt: skip
 
 
 def cancel_child(runtime: Runtime, flow_id: UUID) -> None:

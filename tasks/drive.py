@@ -11,6 +11,7 @@ from celery_flows.store import FlowStatus, LeaseLost, dispatch, transitions
 from celery_flows.store.changes import End
 from celery_flows.store.clock import boottime
 from celery_flows.store.script import Call
+from celery_flows.tasks.admission import admitted, give_on
 from celery_flows.tasks.call import call_flow
 from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.driver import Driver
@@ -28,7 +29,10 @@ log = logging.getLogger("celery_flows.drive")
 def drive(runtime: Runtime, flow_id: UUID, worker: str) -> None:
     """Drives the flow until it waits, ends, or belongs to somebody else. A duplicate message finds nothing to claim."""
     while not passed_on(runtime, str(flow_id)) and (driver := _claimed(runtime, flow_id, worker)) is not None:
-        if not _is_due_after(driver):
+        is_due = _is_due_after(driver)
+        if (key := driver.claim.limit_key) is not None and not driver.kept_slot:
+            give_on(runtime, key, driver.flow.controller_id)
+        if not is_due:
             return
 
 
@@ -36,7 +40,11 @@ def _claimed(runtime: Runtime, flow_id: UUID, worker: str) -> Driver | None:
     asked_at = boottime()
     lease = runtime.settings.lease_seconds
     arguments = (flow_id, claim_token(worker), lease)
-    claim = runtime.store.attempt(Call(dispatch.claim_drive, arguments), again={"repeat": True})
+    claiming = Call(dispatch.claim_drive, arguments)
+    claim = runtime.store.attempt(claiming, again={"repeat": True})
+    if claim is None and admitted(runtime, flow_id):
+        asked_at = boottime()
+        claim = runtime.store.attempt(claiming, again={"repeat": True})
     return None if claim is None else Driver(runtime, claim, asked_at)
 
 

@@ -180,7 +180,8 @@ class Driver(Telling):
         )
         if self.open_members:
             self.settle_members()
-        drive = Drive(definition.name, definition.queue, first_pause=self.runtime.first_pause)
+        limit_key = definition.limit_key(flow.input_json)
+        drive = Drive(definition.name, definition.queue, first_pause=self.runtime.first_pause, limit_key=limit_key)
         columns = {"status": FlowStatus.FINISHED, "wait_json": None, "idempotency_key": None, "continued_as": flow.id}
         with self.unwinding():
             self.write(
@@ -207,16 +208,17 @@ class Driver(Telling):
         Without new members the join that is waited for already is left as it is: its counters have moved meanwhile.
         """
         if not members:
-            self.park(self.at_the_latest(None))
+            self.park(self.at_the_latest(None), keeps_slot=self.keeps_slot())
+        keeps_slot = self.keeps_slot(members)
         pause = self.runtime.first_pause + 0.005 * len(members)  # publishing many takes a while itself
         with self.unwinding():
             self.write(
                 lambda: ("step_scheduled", {"current_step": members[0].task}),
                 members=tuple(members), first_pause=pause, forgive=self.crashed,
-                drive=Park(self.holder, self.claim.wakes, self.at_the_latest(None), join),
+                drive=Park(self.holder, self.claim.wakes, self.at_the_latest(None), join, keeps_slot),
                 illegal_after_cancel=not cleanup,
             )  # fmt: skip
-        self.is_over = True
+        self.is_over, self.kept_slot = True, keeps_slot
         self.runtime.publisher.publish(*(self._hint_of(member) for member in members))
         raise Suspended
 

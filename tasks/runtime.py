@@ -21,7 +21,7 @@ from celery_flows.tasks.ahead import Ahead
 from celery_flows.tasks.interrupts import Interrupts
 from celery_flows.tasks.loop import pause
 from celery_flows.tasks.polling import poll
-from celery_flows.tasks.publish import Publisher
+from celery_flows.tasks.publish import Publisher, broker_scheme, urgency
 from celery_flows.tasks.registry import Registry
 from celery_flows.tasks.settings import FlowSettings, load_settings
 from celery_flows.tasks.stopping import Stopping
@@ -115,6 +115,10 @@ class Runtime:
     def publisher(self) -> Publisher:
         """What sends messages, over its own bounded connection."""
         return Publisher(self.app, self.settings)
+
+    def urgency(self, priority: int | None) -> int:
+        """Of flows that wait for the same: lower comes first, as the broker would have it."""
+        return urgency(broker_scheme(self.app), priority)
 
     def call_worker(self, run_id: str) -> None:
         """Sends the message of this dispatch row, if it is there and needs a worker.

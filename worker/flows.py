@@ -21,6 +21,7 @@ from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.celery_tasks import register
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.limit import Limit
 from celery_flows.tasks.mirror import Mirror, MirrorRule, flow_id_of_root
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.retry import Retry
@@ -105,6 +106,7 @@ class Flows:
         retry: Retry | None = None,
         timeout: timedelta | None = None,
         priority: int | None = None,
+        limit: Limit | None = None,
         schedule: crontab | timedelta | float | None = None,
         catch_up: CatchUp = "last",
         overlap: Overlap = "allow",
@@ -119,6 +121,8 @@ class Flows:
             timeout: how long after its start a flow has to end; past that it is told (:class:`FlowTimedOut`), and
                 fails.
             priority: of its messages, 0 to 255, as your broker has it.
+            limit: how many of them may be at work, or begin within some time (:class:`Limit`); the others queue, by
+                priority and then by age.
             schedule: have beat start it: a Celery crontab, by the clock of the app's time zone, or an interval as
                 timedelta or seconds. One flow for each slot, however many beats there are. Its input, if it takes any,
                 is the slot's time.
@@ -133,7 +137,7 @@ class Flows:
         by = None if schedule is None else parse_schedule(name, schedule, catch_up, overlap)
         define = partial(
             FlowDefinition, self.runtime, name, queue=queue, version=version, retry=retry, timeout=timeout,
-            priority=priority, schedule=by,
+            priority=priority, schedule=by, limit=limit,
         )  # fmt: skip
         return _Define(define, self.runtime)
 

@@ -11,7 +11,18 @@ from uuid import UUID
 
 from celery import Celery, Signature
 
-from celery_flows import AsyncRun, Event, FlowCancelled, Flows, FlowTimedOut, Retry, Run, StepFailed, WaitTimedOut
+from celery_flows import (
+    AsyncRun,
+    Event,
+    FlowCancelled,
+    Flows,
+    FlowTimedOut,
+    Limit,
+    Retry,
+    Run,
+    StepFailed,
+    WaitTimedOut,
+)
 from celery_flows.store import dispatch
 from celery_flows.tasks.interrupts import Interrupted
 from celery_flows.tasks.replay import run_id_of
@@ -430,3 +441,46 @@ async def side_by_side_retried(run: AsyncRun) -> int:
 @flows.flow("plain-beside")
 def beside_in_a_plain_flow(run: Run) -> int:
     return len(run.gather(all_beside(run, 3))) + len(run.step(deaf, str(run.flow_id)))
+
+
+@flows.flow("limited", limit=Limit(2))
+def limited(run: Run) -> str:
+    """Works here, has a member, sleeps, and works again."""
+    run.step(one, str(run.flow_id))
+    run.step(member, str(run.flow_id), 1)
+    run.sleep(timedelta(seconds=20))
+    return run.step(two, str(run.flow_id))
+
+
+@flows.flow("limited-tree", limit=Limit(1))
+def limited_tree(run: Run, depth: int) -> int:
+    """Runs flows of its own limit as steps, beside a member, and takes a member's place of its own after that."""
+    run.step(one, str(run.flow_id))
+    if not depth:
+        return 1
+    leaves = run.gather([member.s(str(run.flow_id), 1), limited_tree.s(depth - 1), limited_tree.s(depth - 1)])
+    return int(sum(leaves)) + int(run.step(member, str(run.flow_id), 0))
+
+
+@flows.flow("limited-starts", limit=Limit(2, every=timedelta(seconds=45), at_once=1))
+def limited_starts(run: Run) -> str:
+    run.step(one, str(run.flow_id))
+    run.sleep(timedelta(seconds=5))
+    return run.step(two, str(run.flow_id))
+
+
+@flows.flow("limited-deadline", limit=Limit(1), timeout=timedelta(seconds=60))
+def limited_deadline(run: Run) -> str:
+    """May be past its deadline while it queues."""
+    try:
+        run.step(one, str(run.flow_id))
+        run.step(member, str(run.flow_id), 1)
+        return run.step(two, str(run.flow_id))
+    except FlowTimedOut:
+        run.step(undo, str(run.flow_id))
+        raise
+
+
+observer.bounds = {
+    definition.name: definition.limit.bounds for definition in flows.runtime.registry if definition.limit is not None
+}

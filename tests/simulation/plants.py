@@ -29,6 +29,16 @@ def nothing(original: Any) -> Any:
     return lambda *args, **kwargs: None
 
 
+def yes(original: Any) -> Any:
+    """Says so, whatever it is."""
+    return lambda *args, **kwargs: True
+
+
+def no_starts(original: Any) -> Any:
+    """Forgets when flows began."""
+    return lambda *args: []
+
+
 def none_found(original: Any) -> Any:
     """Looks, and says that there is nothing."""
     return like(original, lambda conn, *args: None)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from uuid import UUID
 
 from celery_flows import FlowError, FlowHandle, FlowStepStatus
 from celery_flows.store import dispatch
@@ -218,6 +219,23 @@ def _emits_at_the_last_moment(world: World) -> list[FlowHandle[Any]]:
     return [defined.event.start()]
 
 
+def _ends_the_holder(world: World) -> list[FlowHandle[Any]]:
+    """Somebody ends the flow that has the only slot while another queues for it."""
+    handles = [defined.limited_tree.start(0) for _ in range(2)]
+
+    def end() -> None:
+        for _ in range(200):
+            rows = defined.observer.dispatch().values()
+            holder = next((row for row in rows if row["has_slot"]), None)
+            if holder is not None and any(row["queued_at"] for row in rows):
+                flows.manager.cancel(UUID(holder["flow_id"]))
+                return
+            World.current.stop_here("watching the queue")
+
+    world.spawn("hard cancel", _quietly(end, patience=(0,)), killable=False)
+    return handles
+
+
 def _starts_twice(world: World) -> list[FlowHandle[Any]]:
     """Two callers start the same piece of work."""
     handles: list[FlowHandle[Any]] = []
@@ -313,6 +331,7 @@ def _each_event_once(world: World, handles: list[FlowHandle[Any]]) -> None:
 
 
 ANY_END = ("finished", "failed", "cancelled")
+LIMITED = (defined.limited,) * 4
 
 SCENARIOS = [
     Scenario("inline", _starts(defined.inline, defined.inline), may_lose=True),
@@ -389,4 +408,13 @@ SCENARIOS = [
         "two waiters, one may time out",
         _emits(2, defined.event, defined.event_timeout), _emit_missing, may_lose=True, check=_each_event_once,
     ),
+    Scenario("limited", _starts(*LIMITED), may_lose=True),
+    Scenario("limited tree", lambda world: [defined.limited_tree.start(1) for _ in range(2)], may_lose=True),
+    Scenario("limited starts", _starts(*(defined.limited_starts,) * 4), may_lose=True),
+    Scenario("cancel limited", _with("cancel", *LIMITED), ends=ANY_END),
+    Scenario("cancel limited by hand", _with("hard cancel", *LIMITED), ends=ANY_END),
+    Scenario("end the holder by hand", _ends_the_holder, ends=ANY_END),
+    Scenario("pause limited", _with("pause", *LIMITED), may_lose=True),
+    Scenario("update limited", _with("update", *LIMITED), may_lose=True),
+    Scenario("deadline of limited", _starts(*(defined.limited_deadline,) * 4), ends=("finished", "failed")),
 ]  # fmt: skip

@@ -26,6 +26,7 @@ from celery_flows import (
     FlowDefinition,
     Flows,
     FlowTimedOut,
+    Limit,
     Retry,
     Run,
     StepFailed,
@@ -47,6 +48,7 @@ DEFAULTS = "SHOP_DEFAULTS"  # there at all: durations are as in a real shop
 # Short, so that tests of recovery are: a real shop leaves these as they are.
 SHORT = {"flow_lease_seconds": 3, "flow_sweep_seconds": 0.2, "flow_republish_seconds": 2}
 DOZE_SECONDS = 300.0  # longer than any test
+AT_ONCE, STAY_SECONDS = 2, 0.3  # of the limited flow
 HOLD_SECONDS = 60.0  # how long a held step holds if nobody releases it
 
 
@@ -75,6 +77,7 @@ class Shop:
     beside: FlowDefinition[list[str], list[str]]
     asleep: FlowDefinition[str, None]
     asleep_for_a_while: FlowDefinition[str, None]
+    limited: FlowDefinition[int, int]
     greet: Task[Any, None]
 
     @property
@@ -358,6 +361,20 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
     def asleep_for_a_while(run: Run, kind: str) -> None:
         asleep.function(run, kind)
 
+    @app.task(name="shop.stay", shared=False)
+    def stay(number: int) -> int:
+        """Says when it begins and ends."""
+        effects.append(f"stay {number} began", at=boottime())
+        time.sleep(STAY_SECONDS)
+        effects.append(f"stay {number} ended", at=boottime())
+        return number
+
+    @flows.flow("shop/limited", limit=Limit(AT_ONCE))
+    def limited(run: Run, number: int) -> int:
+        """Works here, and then as a Celery step."""
+        run.step(stay.run, number)
+        return int(run.step(stay, -number))
+
     if BELLS in environment:
 
         @flows.flow("shop/bell", schedule=float(environment[BELLS]))
@@ -366,7 +383,7 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
 
     return Shop(
         app, flows, effects, fulfil, held_step, held_inline, many_inline, delayed, swollen, private, retried, undone,
-        bounded, beside, asleep, asleep_for_a_while, greet,
+        bounded, beside, asleep, asleep_for_a_while, limited, greet,
     )  # fmt: skip
 
 
