@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any, NoReturn, TypeVar
 from uuid import UUID
 
@@ -37,7 +38,7 @@ from celery_flows.store.dispatch import DriveClaim
 from celery_flows.store.models import TERMINAL, new_id
 from celery_flows.store.script import Call
 from celery_flows.store.waits import ExternalEventWait, TimerWait, event_key, wait_json
-from celery_flows.tasks.children import cancel_child, settle_child
+from celery_flows.tasks.children import DEEPEST, cancel_child, settle_child
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import FlowCancelled, FlowTimedOut, HistoryMismatch
 from celery_flows.tasks.inline import RETRY_AT
@@ -284,6 +285,15 @@ class Driver:
     def join_group(self) -> int:
         """The group of the last join."""
         return self._claim.join_group
+
+    @cached_property
+    def lineage(self) -> tuple[str, ...]:
+        """The names of the flows that this one is a child of, the outermost first, and its own. Free for a flow that is
+        nobody's child."""
+        if self.flow.parent_flow_id is None:
+            return (self.flow.controller_id,)
+        with self._unwinding():
+            return self.runtime.store.run(children.lineage, self.flow.id, DEEPEST)
 
     def recorded_at(self, position: int) -> FlowStep | None:
         """The step that history has in this place."""

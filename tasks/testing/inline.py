@@ -105,6 +105,7 @@ class InlineDriver(Driver):
         self._definition, self._steps, self._events = definition, steps, events
         self._kept: dict[str, FlowStep] = {}
         self._now = datetime.now(UTC)
+        self.lineage = (definition.name,)  # Python's own limit of recursion comes before ours
 
     def play(self) -> Any:
         """Runs the function until it does not ask for more."""
