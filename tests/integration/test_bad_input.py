@@ -111,7 +111,9 @@ def test_a_timer_past_the_horizon_fails_the_flow_and_names_the_setting(make_benc
 
 
 @pytest.mark.parametrize(
-    ("bad", "rule"), [(timedelta.max, "goes past the year 9999"), (60, "must be a timedelta")], ids=["for ever", "a number"]
+    ("bad", "rule"),
+    [(timedelta.max, "goes past the year 9999"), (60, "must be a timedelta")],
+    ids=["for ever", "a number"],
 )
 def test_without_a_horizon_a_timer_may_be_as_long_as_the_calendar(bench: Bench, bad: Any, rule: str) -> None:
     durations: dict[str, Any] = {"long": timedelta(days=300 * 365), "bad": bad}
@@ -195,8 +197,8 @@ def test_two_flows_that_are_each_others_children_are_bounded_alike(bench: Bench)
 
 def test_a_gather_of_nothing_is_an_empty_list_and_a_race_of_nothing_is_refused(bench: Bench) -> None:
     @bench.flows.flow("nobody")
-    def nobody(run: Run) -> list[int]:
-        found = run.gather([], limit=3) + run.gather(iter(()), return_exceptions=True)
+    def nobody(run: Run) -> list[Any]:
+        found: list[Any] = [*run.gather([], limit=3), *run.gather(iter(()), return_exceptions=True)]
         try:
             run.first([])
         except InvalidData:
