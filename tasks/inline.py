@@ -19,7 +19,7 @@ from celery_flows.tasks.retry import NEVER
 from celery_flows.tasks.timeout import TimeIsUp, time_limit
 
 if TYPE_CHECKING:
-    from celery_flows.tasks.drive import Driver
+    from celery_flows.tasks.driver import Driver
 
 RETRY_AT = "retry_at"  # in the error of the last attempt: when the next one may begin
 

@@ -12,7 +12,7 @@ from celery_flows.tasks.errors import FlowCancelled, HistoryMismatch, failure_of
 from celery_flows.tasks.payloads import Codec
 
 if TYPE_CHECKING:
-    from celery_flows.tasks.drive import Driver
+    from celery_flows.tasks.driver import Driver
     from celery_flows.tasks.undo import Undo
 
 T = TypeVar("T")

@@ -19,8 +19,9 @@ from celery_flows.store.changes import Completion
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import StepClaim
 from celery_flows.store.script import Call
-from celery_flows.tasks.drive import UNKNOWN_PAUSE_SECONDS, drive, let_go, passed_on, surely_held
+from celery_flows.tasks.drive import drive
 from celery_flows.tasks.inline import raised_as, timed_out
+from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on, surely_held
 from celery_flows.tasks.payloads import describe, result_codec
 from celery_flows.tasks.retry import NEVER, RetryRule
 from celery_flows.tasks.runtime import Runtime, claim_token

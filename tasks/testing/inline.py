@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from celery_flows.store import Flow, FlowStep, FlowStepStatus
 from celery_flows.store.changes import Join, Member, StepWrite
 from celery_flows.store.waits import ExternalEventWait, TimerWait
-from celery_flows.tasks.drive import Driver
+from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import HistoryMismatch
 from celery_flows.tasks.payloads import describe, result_codec
 from celery_flows.tasks.registry import FlowDefinition, Registry

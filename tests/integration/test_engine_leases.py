@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from celery_flows import FlowStatus, FlowStepStatus, Run
 from celery_flows.store import clock
-from celery_flows.tasks import drive as driving
+from celery_flows.tasks import claimed, driver, lease
 from celery_flows.tasks.emit import hand_over
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
@@ -150,13 +151,13 @@ def test_a_stale_drivers_park_is_refused(overtaken: Overtaken, monkeypatch: pyte
 
     def stop_before(*args: Any, **kwargs: Any) -> int:
         moved = looking(*args, **kwargs)
-        monkeypatch.setattr(driving, "hand_over", looking)
+        monkeypatch.setattr(driver, "hand_over", looking)
         overtaken.fresh.end_leases()
         overtaken.fresh.sweep()
         overtaken.fresh.drive(handle.id)
         return moved
 
-    monkeypatch.setattr(driving, "hand_over", stop_before)
+    monkeypatch.setattr(driver, "hand_over", stop_before)
     overtaken.stale.drive(handle.id)
     [row] = overtaken.fresh.rows(handle.id)
     assert (row.worker, row.fence, row.due_at) == (None, 2, None)
@@ -199,12 +200,18 @@ def test_a_stale_steps_outcome_and_retry_are_refused(make_bench: MakeBench) -> N
         assert "step_retrying" not in fresh.kinds(handle.id)
 
 
+def let_pass(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[], float]) -> None:
+    """Has the clock by which a worker measures its leases show so many seconds more."""
+    for module in (claimed, lease):
+        monkeypatch.setattr(module, "boottime", lambda: clock.boottime() + seconds())
+
+
 def test_a_driver_whose_lease_may_have_ended_renews_it_before_a_step(
     overtaken: Overtaken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two steps the process was stopped for longer than its lease, and overtaken: the second must not begin."""
     passed = [0.0]
-    monkeypatch.setattr(driving, "boottime", lambda: clock.boottime() + passed[0])
+    let_pass(monkeypatch, lambda: passed[0])
 
     def first() -> int:
         return 1
@@ -228,7 +235,7 @@ def test_a_driver_whose_lease_may_have_ended_renews_it_before_a_step(
 
 def test_a_driver_that_was_slow_but_not_overtaken_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     passed = [0.0]
-    monkeypatch.setattr(driving, "boottime", lambda: clock.boottime() + passed[0])
+    let_pass(monkeypatch, lambda: passed[0])
 
     def slow() -> int:
         passed[0] += 3600.0
@@ -269,7 +276,7 @@ def test_a_step_whose_claim_took_longer_than_the_lease_makes_sure_of_it(
     def stopped_after(*args: Any, **kwargs: Any) -> Any:
         claim = claiming(*args, **kwargs)
         fresh.recover()
-        monkeypatch.setattr(driving, "boottime", lambda: clock.boottime() + 3600)
+        let_pass(monkeypatch, lambda: 3600.0)
         return claim
 
     monkeypatch.setattr(bench.store, "attempt", stopped_after)

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from celery_flows import FlowStatus, InvalidData, Run, WaitTimedOut
 from celery_flows.store.tables import flow_dispatch, flow_inbox
-from celery_flows.tasks import drive as driving
+from celery_flows.tasks import driver as driving
 from celery_flows.tasks.emit import hand_over
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench

@@ -10,7 +10,7 @@ import pytest
 
 from celery_flows import FlowFailed, FlowStatus, InvalidData, Permanent, Retry, Run, StepFailed, step
 from celery_flows.store.tables import flow_dispatch
-from celery_flows.tasks.drive import MOMENT_SECONDS
+from celery_flows.tasks.driver import MOMENT_SECONDS
 from tests.support.bench import Bench
 
 MOMENT = timedelta(milliseconds=1)

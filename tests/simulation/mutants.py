@@ -20,11 +20,12 @@ from unittest.mock import patch
 from celery_flows.store import dispatch, inbox, sqlite
 from celery_flows.store import operations as op
 from celery_flows.tasks import drive as drive_module
+from celery_flows.tasks import driver as driver_module
 from celery_flows.tasks import emit as emit_module
 from celery_flows.tasks import gather as gather_module
 from celery_flows.tasks import maintenance
 from celery_flows.tasks import steps as steps_module
-from celery_flows.tasks.drive import Driver
+from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.gather import Gather
 from tests.simulation import plants as p
 from tests.simulation.invariants import Observer
@@ -84,7 +85,7 @@ MUTANTS = [
     Mutant("a retry can be claimed before it is due", dispatch, "retry_step", then(p.publish_retry), ("retry",)),
     Mutant("an inline attempt begins before its pause has passed", Driver, "wait_until", p.nothing,
            ("pause inline retry",)),
-    Mutant("an undo runs beside members", Driver, "_drain", p.nothing, ("saga",)),
+    Mutant("an undo runs beside members", Driver, "drain", p.nothing, ("saga",)),
     Mutant("a new row is not due by itself", sqlite, "change", then(p.rest_members), GATHERS),
     Mutant("a take-over is not counted as a crash", sqlite, "_take", then(p.keep_crashes), ("inline",)),
     Mutant("a claim leaves the revision alone", sqlite, "claim_drive", then(p.keep_revision), ("inline",)),
@@ -122,26 +123,26 @@ MUTANTS = [
     Mutant("a refused completion counts off", sqlite, "complete", then(p.count_off_refused), GATHERS),
     # 6: external events
     Mutant("an event without a look row", inbox, "emit", then(p.forget_look), EVENTS),
-    Mutant("the waiter does not look", drive_module, "hand_over", p.zero, EVENTS),
+    Mutant("the waiter does not look", driver_module, "hand_over", p.zero, EVENTS),
     Mutant("the emitter does not look", emit_module, "hand_over", p.zero, EVENTS),
     Mutant("an event is announced, not handed over", emit_module, "hand_over", p.announce,
            ("two waiters, one cancelled",)),
     Mutant("an event stays after it was handed over", inbox, "hand_over_next", then(p.keep_in_inbox),
            ("two waiters", "two waiters, one may time out")),
     Mutant("the newest event goes first", inbox, "hand_over_next", p.newest_first, ("two events", "two waiters")),
-    Mutant("a timeout is taken without a look", drive_module, "hand_over", p.hand_over_in_time_only,
+    Mutant("a timeout is taken without a look", driver_module, "hand_over", p.hand_over_in_time_only,
            ("event or timeout",)),
     # 7, 8: conflicts and history
     Mutant("a write does not ask for the revision", sqlite, "change", with_arguments(p.write_over), ("inline",)),
-    Mutant("a conflict does not compare the fence", Driver, "_look_again", p.look_again_at_revision_only, ("inline",)),
-    Mutant("a conflict reads fence and revision apart", Driver, "_look_again", p.look_again_in_two_statements,
+    Mutant("a conflict does not compare the fence", Driver, "look_again", p.look_again_at_revision_only, ("inline",)),
+    Mutant("a conflict reads fence and revision apart", Driver, "look_again", p.look_again_in_two_statements,
            ("update by hand", "cancel inline")),
-    Mutant("a cancel seen in a conflict stops no write", Driver, "_write", p.write_after_cancel, ("cancel inline",)),
+    Mutant("a cancel seen in a conflict stops no write", Driver, "write", p.write_after_cancel, ("cancel inline",)),
     Mutant("history is read before the claim", drive_module, "_claimed", p.history_before_claim, ("inline",)),
     # 9: cancelling and failing drain first
-    Mutant("cleanup beside running members", Driver, "_drain", nothing, ("gather fails",)),
-    Mutant("a drain does not wait for who is running", Driver, "_drain", p.drain_without_waiting, CANCELS),
-    Mutant("history is not read again after a drain", Driver, "_read_history", p.history_once, CANCELS),
+    Mutant("cleanup beside running members", Driver, "drain", nothing, ("gather fails",)),
+    Mutant("a drain does not wait for who is running", Driver, "drain", p.drain_without_waiting, CANCELS),
+    Mutant("history is not read again after a drain", Driver, "read_history", p.history_once, CANCELS),
     Mutant("cleanup's members are cancelled too", gather_module, "member_of", p.never_cleanup, ("cancel cleanup",)),
     # 11: who holds a row; lost replies
     Mutant("a holder is known by its run id", dispatch, "_held", p.held_by_run_id, ("inline", *CANCELS)),

@@ -15,7 +15,7 @@ from celery_flows.store import operations as op
 from celery_flows.store.changes import Change, Completion, Park, Wake
 from celery_flows.store.models import FlowStep, new_id
 from celery_flows.store.tables import flow_dispatch, flow_inbox, flow_steps, flows
-from celery_flows.tasks.drive import Driver
+from celery_flows.tasks.driver import Driver
 
 _d, _s, _i = flow_dispatch.c, flow_steps.c, flow_inbox.c
 Plant = Callable[[Any], Any]
@@ -410,7 +410,7 @@ def look_again_at_revision_only(original: Any) -> Any:
     def mutated(self: Driver) -> None:
         standing = self.runtime.store.run(dispatch.standing, self.flow.id)
         assert standing is not None
-        self._revision, self._cancel_requested = standing.revision, standing.cancel_requested
+        self.revision, self.cancel_requested = standing.revision, standing.cancel_requested
 
     return mutated
 
@@ -418,11 +418,11 @@ def look_again_at_revision_only(original: Any) -> Any:
 def look_again_in_two_statements(original: Any) -> Any:
     def mutated(self: Driver) -> None:
         first = self.runtime.store.run(dispatch.standing, self.flow.id)
-        if first is None or first.fence != self._holder.fence:
-            raise LeaseLost(self._holder.run_id)
+        if first is None or first.fence != self.holder.fence:
+            raise LeaseLost(self.holder.run_id)
         second = self.runtime.store.run(dispatch.standing, self.flow.id)
         assert second is not None
-        self._revision, self._cancel_requested = second.revision, second.cancel_requested
+        self.revision, self.cancel_requested = second.revision, second.cancel_requested
 
     return mutated
 
@@ -439,13 +439,13 @@ def history_before_claim(original: Any) -> Any:
         steps = runtime.store.run(dispatch.read_history, flow_id)
         driver = original(runtime, flow_id, worker)
         if driver is not None:
-            again = driver._read_history
+            again = driver.read_history
 
             def read_history() -> None:
                 driver.history = {step.run_id: step for step in steps}
-                driver._read_history = again
+                driver.read_history = again
 
-            driver._read_history = read_history
+            driver.read_history = read_history
         return driver
 
     return mutated
@@ -456,8 +456,8 @@ def history_before_claim(original: Any) -> Any:
 
 def drain_without_waiting(original: Any) -> Any:
     def mutated(self: Driver) -> None:
-        with self._unwinding():
-            self.runtime.store.run(dispatch.drain, self.flow.id, self._holder)
+        with self.unwinding():
+            self.runtime.store.run(dispatch.drain, self.flow.id, self.holder)
 
     return mutated
 

@@ -16,8 +16,8 @@ from celery_flows import FlowHandle
 from celery_flows.store import audit, dispatch
 from celery_flows.store.dispatch import Hint
 from celery_flows.store.tables import flow_dispatch
+from celery_flows.tasks import claimed, lease, maintenance
 from celery_flows.tasks import drive as drive_module
-from celery_flows.tasks import maintenance
 from celery_flows.tasks import runtime as runtime_module
 from celery_flows.tasks import steps as steps_module
 from celery_flows.tasks.ahead import Ahead
@@ -264,7 +264,7 @@ def own_machine() -> Iterator[None]:
         return World.current.boottime()
 
     with ExitStack() as patches:
-        for module in (drive_module, steps_module):
+        for module in (claimed, drive_module, lease, steps_module):
             patches.enter_context(patch.object(module, "boottime", boottime))
         tokens = SimpleNamespace(token_hex=lambda count: World.current.token_hex(count))
         patches.enter_context(patch.object(runtime_module, "secrets", tokens))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from celery_flows.store import LeaseLost
-from celery_flows.tasks.drive import surely_held
+from celery_flows.tasks.lease import surely_held
 from tests.simulation.mutants import HARMLESS, MUTANTS, Harmless, Mutant
 from tests.simulation.run import Run, own_machine
 from tests.simulation.scenarios import SCENARIOS, Scenario

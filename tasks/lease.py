@@ -1,0 +1,47 @@
+"""Leases: whether one surely runs, and how it is given up."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from celery.exceptions import WorkerShutdown, WorkerTerminate
+
+from celery_flows.store import FlowError, LeaseLost, StoreError, dispatch
+from celery_flows.store.changes import Holder
+from celery_flows.store.clock import boottime
+from celery_flows.tasks.runtime import Runtime
+
+UNKNOWN_PAUSE_SECONDS = 60.0  # before work whose code is not here is offered again
+
+
+def passed_on(runtime: Runtime, run_id: str) -> bool:
+    """Whether this worker is stopping, so that another is to do this: then its message has been sent again."""
+    if not runtime.stopping.is_set():
+        return False
+    runtime.call_worker(run_id)
+    return True
+
+
+def surely_held(runtime: Runtime, holder: Holder, until: float) -> float:
+    """Renews a lease that may have ended, by this process's own clock, and gives until when it surely runs.
+
+    It looks again after renewing: that may have taken longer than a lease itself, if the process was stopped meanwhile.
+
+    Raises:
+        LeaseLost: another worker has taken over.
+    """
+    while (asked_at := boottime()) >= until:
+        if not runtime.store.run(dispatch.renew_own, holder, runtime.settings.lease_seconds):
+            raise LeaseLost(holder.run_id)
+        until = asked_at + runtime.settings.lease_seconds
+    return until
+
+
+def let_go(runtime: Runtime, holder: Holder, error: BaseException) -> None:
+    """Gives up a lease because of an exception that ends more than the work: unharmed if this process was told to stop
+    or the database was away; as a crash, so that it has an end, if the work itself wanted to end the process or the
+    database refuses what came of it."""
+    told = isinstance(error, WorkerShutdown | WorkerTerminate) or runtime.stopping.is_set()
+    unharmed = told or (isinstance(error, StoreError) and error.is_passing)
+    with suppress(FlowError):
+        runtime.store.run(dispatch.hand_back if unharmed else dispatch.end_lease, holder)
