@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any, NoReturn
 
 import sqlalchemy as sa
@@ -20,6 +21,7 @@ from celery_flows.store import (
     InvalidData,
     RevisionMismatch,
     StoreError,
+    children,
     dispatch,
     transitions,
 )
@@ -28,6 +30,7 @@ from celery_flows.store.changes import Change, Drive, End, Join, Member, Park, S
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.waits import ExternalEventWait, TimerWait, event_key, wait_json
+from celery_flows.tasks.children import DEEPEST
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import HistoryMismatch
 from celery_flows.tasks.inline import RETRY_AT
@@ -65,6 +68,15 @@ class Driver(Telling):
         days = self.runtime.settings.timer_horizon_days
         if days is not None and at > self.now() + timedelta(days=days):
             raise InvalidData("timer", f"is more than {days:g} days away (flow_timer_horizon_days)")
+
+    @cached_property
+    def lineage(self) -> tuple[str, ...]:
+        """The names of the flows that this one is a child of, the outermost first, and its own. Free for a flow that is
+        nobody's child."""
+        if self.flow.parent_flow_id is None:
+            return (self.flow.controller_id,)
+        with self.unwinding():
+            return self.runtime.store.run(children.lineage, self.flow.id, DEEPEST)
 
     def refuse_history(self, mismatch: HistoryMismatch) -> NoReturn:
         """The function here is not the one that this history was made by: the flow is left alone, and says why."""

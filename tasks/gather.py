@@ -12,7 +12,7 @@ from celery import Signature, Task
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.changes import Join, Member, StepWrite
 from celery_flows.tasks.awaited import Awaited, Decision, Event, awaiting, give_back
-from celery_flows.tasks.children import ChildFlow, child_member
+from celery_flows.tasks.children import ChildFlow, check_depth, child_member
 from celery_flows.tasks.errors import FlowCancelled, StepFailed
 from celery_flows.tasks.inline import InlineStep
 from celery_flows.tasks.members import Remote, codec_of, member_name, member_of
@@ -220,6 +220,7 @@ class Gather:
         if isinstance(work, ChildFlow):
             if self._options.retry is not None:
                 raise InvalidData("step retry", "is not of child flows: their own steps are tried again")
+            check_depth(self._driver.lineage, work.definition.name)
             timeout = self._options.timeout or work.definition.timeout
             deadline = None if timeout is None else self._driver.now() + timeout
             return child_member(self._driver.flow, place, work, deadline, cleanup=cleanup)

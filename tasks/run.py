@@ -250,9 +250,13 @@ class Run:
     # ---- waits ----
 
     def sleep(self, duration: timedelta) -> None:
-        """Waits without a worker, for seconds or months, by the database's clock."""
+        """Waits without a worker, for seconds or months, by the database's clock.
+
+        Raises:
+            InvalidData: it is no timedelta, or ends past ``flow_timer_horizon_days`` or the year 9999.
+        """
         self._without_options()
-        wait_steps.sleep(self._replay, lambda: self._replay.driver.now() + duration)
+        wait_steps.sleep(self._replay, lambda: wait_steps.after(self._replay, "duration", duration))
 
     def sleep_until(self, at: datetime) -> None:
         """Waits without a worker until an aware time; a time that has passed is no wait.

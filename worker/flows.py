@@ -16,6 +16,7 @@ from celery.schedules import crontab
 from sqlalchemy.orm import Session
 
 from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
+from celery_flows.store.schedules import Overlap
 from celery_flows.store.validation import check_name, check_text
 from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.celery_tasks import register
@@ -28,7 +29,7 @@ from celery_flows.tasks.retry import Retry
 from celery_flows.tasks.run import Run
 from celery_flows.tasks.run_async import AsyncRun
 from celery_flows.tasks.runtime import Runtime
-from celery_flows.tasks.schedule import CatchUp, Overlap, parse_schedule
+from celery_flows.tasks.schedule import CatchUp, parse_schedule
 from celery_flows.tasks.settings import FlowSettings
 from celery_flows.tasks.waiting import register_waiting_flows
 from celery_flows.worker.lifecycle import install
@@ -128,7 +129,9 @@ class Flows:
                 is the slot's time.
             catch_up: what becomes of slots at which nobody looked: the last one is made up for, or all (at most 100),
                 or none.
-            overlap: "skip" leaves a slot out if the flow of the one before is still open.
+            overlap: what becomes of a slot while the flow of the one before is still open: "allow" starts its flow all
+                the same, "skip" leaves it out, "wait" starts it when that one has ended: the last of those that waited,
+                or all, by ``catch_up``.
 
         Raises:
             InvalidData: name and version are taken, the function takes more than the run and one input, is async and

@@ -110,6 +110,7 @@ class InlineDriver(Driver):
         self._kept: dict[str, FlowStep] = {}
         self._now = datetime.now(UTC)
         self.loop = Loop()
+        self.lineage = (definition.name,)  # Python's own limit of recursion comes before ours
 
     def play(self) -> Any:
         """Runs the function until it does not ask for more."""
