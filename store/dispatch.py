@@ -39,7 +39,7 @@ class DriveClaim:
     join_group: int
     queue: str | None
     parent_run_id: str | None  # of a child flow: the step that it is of its parent
-    began: bool  # nobody claimed it before, so there is no history
+    began: bool  # nobody claimed it before, and it took nothing over, so there is no history
     now: datetime  # the database's clock
 
 
@@ -117,7 +117,7 @@ def claim_drive(
         join_group=row["join_group"],
         queue=row["queue"],
         parent_run_id=row["parent_run_id"],
-        began=row["was"] == "created" and row["fence"] == 1,
+        began=row["was"] == "created" and row["fence"] == 1 and row["forked_from"] is None,
         now=row["now"],
     )
 

@@ -5,7 +5,7 @@ A decorator says how an operation is run; ``script.py`` carries it out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from enum import Enum
 from types import ModuleType
@@ -403,6 +403,26 @@ def list_events(conn: Connection, flow_id: UUID, limit: int | None, after: FlowE
         query = query.where(flow_events.c.id < after.id)
     rows = _limited(conn, query.order_by(flow_events.c.id.desc()), limit)
     return [FlowEvent.of_row(row) for row in rows]
+
+
+EVENT_PAGE = 1000
+
+
+def each_event(conn: Connection, flow_id: UUID) -> Iterator[FlowEvent]:
+    """All events of a flow, oldest first, in pages; for a transaction that sees one moment."""
+    last = 0
+    while True:
+        page = conn.execute(
+            sa.select(*EVENT_COLUMNS)
+            .where(flow_events.c.flow_id == flow_id, flow_events.c.id > last)
+            .order_by(flow_events.c.id)
+            .limit(EVENT_PAGE)
+        ).mappings()
+        events = [FlowEvent.of_row(row) for row in page]
+        yield from events
+        if len(events) < EVENT_PAGE:
+            return
+        last = events[-1].id
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------

@@ -159,6 +159,7 @@ flows = sa.Table(
     sa.Column("paused_at", UtcDateTime()),
     sa.Column("finished_at", UtcDateTime()),
     sa.Column("continued_as", sa.Uuid()),
+    sa.Column("forked_from", sa.Uuid()),
     # Derived, so in no record and in no event:
     sa.Column("rest_at", UtcDateTime(), nullable=False),  # updated_at, but for records of a running flow
     sa.Column("wait_key", sa.Text()),  # what external events are matched by

@@ -49,7 +49,8 @@ def child_member(
         deadline_at=deadline,
     )
     queue = definition.queue if definition.queue is None else check_name("queue", definition.queue)
-    args = encode_json("child", {"cleanup": True} if cleanup else {})
+    told = {} if place.key is None else {"key": place.key}
+    args = encode_json("child", {**told, "cleanup": True} if cleanup else told)
     name = check_name("step", definition.name)
     return Member(place.run_id, name, place.position, args, queue, definition.priority, child=flow)
 

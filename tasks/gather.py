@@ -94,7 +94,10 @@ class Gather:
         else:
             winner = self._winner()
             self._driver.cancel_idle_members()
-            step = StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position, result=str(winner))
+            step = StepWrite(
+                place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position, result=str(winner),
+                args=self._replay.taken_with(place),
+            )  # fmt: skip
             self._driver.record(step, current_step=place.name)
         return self._outcome(winner, self._known()[winner])
 

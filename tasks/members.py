@@ -74,6 +74,8 @@ def member_of(
     if queue_name is not None:
         check_name(f"queue of step {name}", queue_name)
     called: dict[str, Any] = {"args": list(args), "kwargs": kwargs}
+    if place.key is not None:
+        called["key"] = place.key
     if cleanup:
         called["cleanup"] = True
     if given.retry is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+FORK = "run.fork"  # the step that says how many steps of which flow were taken over
+
 
 class Suspended(BaseException):
     """Unwinds a flow function that waits or lost its lease; another claim goes on. Not an Exception, so that the
@@ -29,6 +32,7 @@ class Place(NamedTuple):
     run_id: str
     name: str
     position: int  # from 1; 0 for a step that is known by its key, wherever it stands
+    key: str | None = None
 
 
 class Replay:
@@ -61,7 +65,7 @@ class Replay:
             raise InvalidData(f"step {name}", "has a key that an earlier step of this name has")
         self._reached.add(run_id)
         if key is not None:
-            return Place(run_id, name, 0)
+            return Place(run_id, name, 0, key)
         self._position += 1
         return Place(run_id, name, self._position)
 
@@ -74,10 +78,28 @@ class Replay:
         if self._inside is not None:
             raise InvalidData(what, f"was taken inside step {self._inside}; steps do not nest")
 
+    def drawn_by(self) -> UUID:
+        """The flow that identities and numbers are drawn for: this one, or, as far as its steps were taken over, the
+        one that they were taken over from. They may have been drawn before a step that knows them."""
+        fork = self.driver.history.get(run_id_of(self.flow_id, FORK, 1))
+        for flow_id, steps in () if fork is None else fork.args_json["drawn"]:
+            if len(self._reached) < steps:
+                return UUID(flow_id)
+        return self.flow_id
+
     def count(self, name: str) -> int:
         """How often this name has come by now, from 1."""
         self._counts[name] = self._counts.get(name, 0) + 1
         return self._counts[name]
+
+    def taken_with(self, place: Place, **told: Any) -> str | None:
+        """What the step's row keeps of how it was taken, as JSON text: by which key, and whether it cleans up, besides
+        what is told. A fork goes by it."""
+        if place.key is not None:
+            told["key"] = place.key
+        if self.cleaning:
+            told["cleanup"] = True
+        return json.dumps(told) if told else None
 
     def find(self, place: Place, *, waits: bool = False) -> FlowStep | None:
         """What history has of this step. Where it has another one in that place, which the function has not come to, or
@@ -155,6 +177,11 @@ class Replay:
 def is_wait(step: FlowStep) -> bool:
     """Whether the step is a wait, by what it was taken with."""
     return isinstance(step.args_json, Mapping) and not step.args_json.keys().isdisjoint(("at", "topic"))
+
+
+def is_cleanup(step: FlowStep) -> bool:
+    """Whether the step was taken to clean up."""
+    return isinstance(step.args_json, Mapping) and bool(step.args_json.get("cleanup"))
 
 
 def run_id_of(flow_id: UUID, name: str, count: int) -> str:

@@ -88,6 +88,8 @@ def show_flow(flow: Flow, steps: Sequence[FlowStep], events: Sequence[FlowEvent]
         "waits for": flow.wait_json and describe_wait(flow.wait_json),
         "cancel requested": "yes" if flow.cancel_requested else None,
         "paused": moment(flow.paused_at),
+        "forked from": flow.forked_from,
+        "goes on as": flow.continued_as,
         "mirrored": "yes" if flow.mode is FlowMode.MIRRORED else None,
         "input": _shortened(flow.input_json),
         "result": _shortened(flow.result_json),

@@ -161,7 +161,7 @@ class InlineDriver(Driver):
     def retry(self, step: StepWrite, pause: float) -> None:
         self._keep(step)
 
-    def update_state(self, place: Place, patch: Mapping[str, Any]) -> None:
+    def update_state(self, place: Place, patch: Mapping[str, Any], args: str | None) -> None:
         self._keep(StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position))
 
     def transact(self, write: Callable[[Connection], StepWrite]) -> str:
