@@ -177,9 +177,11 @@ def _drawn(origin: Origin, steps: Sequence[FlowStep], flow_id: UUID) -> FlowStep
     """The step that says until which number of steps ``run.uuid()`` and ``run.random()`` are as in which flow."""
     reached = max(step.position for step in steps) + sum(step.position == 0 for step in steps)
     known = next((step for step in origin.steps if step.run_id == run_id_of(origin.flow.id, FORK, 1)), None)
-    earlier = [] if known is None else [drawn for drawn in known.args_json["drawn"] if drawn[1] < reached]
+    drawn = [] if known is None else [[each, min(count, reached)] for each, count in known.args_json["drawn"]]
+    if not drawn or drawn[-1][1] < reached:
+        drawn.append([str(origin.flow.id), reached])
     at = max(step.updated_at for step in steps)
     return FlowStep(
         flow_id=flow_id, run_id=run_id_of(flow_id, FORK, 1), task=FORK, status=FlowStepStatus.SUCCEEDED,
-        created_at=at, updated_at=at, args_json={"drawn": [*earlier, [str(origin.flow.id), reached]]},
+        created_at=at, updated_at=at, args_json={"drawn": drawn},
     )  # fmt: skip
