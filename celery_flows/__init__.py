@@ -24,6 +24,7 @@ from celery_flows.store import (
     StoreError,
 )
 from celery_flows.tasks.approval import Approval
+from celery_flows.tasks.awaited import Decision, Event, Timer
 from celery_flows.tasks.errors import (
     FlowCancelled,
     FlowFailed,
@@ -36,6 +37,7 @@ from celery_flows.tasks.errors import (
     UnknownFlow,
     WaitTimedOut,
 )
+from celery_flows.tasks.gather import First
 from celery_flows.tasks.handle import FlowHandle
 from celery_flows.tasks.options import step
 from celery_flows.tasks.registry import FlowDefinition
@@ -48,8 +50,11 @@ __all__ = [
     "AlreadyTerminal",
     "Approval",
     "CancelPending",
+    "Decision",
     "DuplicateFlow",
     "DuplicateStep",
+    "Event",
+    "First",
     "Flow",
     "FlowCancelled",
     "FlowDefinition",
@@ -82,6 +87,7 @@ __all__ = [
     "StepLost",
     "StepTimedOut",
     "StoreError",
+    "Timer",
     "UnknownFlow",
     "WaitTimedOut",
     "step",

@@ -46,6 +46,11 @@ class Driver(Telling):
     """Records steps, schedules members, waits. What suspends the function raises :class:`Suspended` through it."""
 
     @property
+    def queue(self) -> str | None:
+        """The flow's queue; None: the default."""
+        return self.claim.queue
+
+    @property
     def join_group(self) -> int:
         """The group of the last join."""
         return self.claim.join_group

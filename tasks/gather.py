@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
+from uuid import UUID
 
 from celery import Signature, Task
 
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.changes import Join, Member, StepWrite
+from celery_flows.tasks.awaited import Awaited, Decision, Event, awaiting, give_back
 from celery_flows.tasks.children import ChildFlow, child_member
 from celery_flows.tasks.errors import FlowCancelled, StepFailed
 from celery_flows.tasks.inline import run_inline
-from celery_flows.tasks.members import codec_of, member_name, member_of
+from celery_flows.tasks.members import Remote, codec_of, member_name, member_of
 from celery_flows.tasks.options import StepOptions, options_of
+from celery_flows.tasks.payloads import Codec
 from celery_flows.tasks.replay import Place, Replay
 
-Work = Signature[Any] | ChildFlow[Any] | Callable[[], Any]
+Work = Remote | Callable[[], Any]
+
+T = TypeVar("T")
+
+
+class First(NamedTuple, Generic[T]):
+    """What came first of several."""
+
+    which: int  # its number in what was given, from 0
+    value: T
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +71,7 @@ class Gather:
         """Where a member stands that runs elsewhere; a plain function finds its own place."""
         if not is_remote(work):
             return None
-        return self._replay.place(member_name(work), self._options.key)  # type: ignore[arg-type]
+        return self._replay.place(member_name(work), self._options.key)
 
     def results(self) -> list[Any]:
         """The results in order.
@@ -81,9 +93,10 @@ class Gather:
         """Whether there are members, and all of them run elsewhere."""
         return 0 < len(self._remote) == len(self._works)
 
-    def first(self) -> Any:
-        """The result of the member that succeeded first. Which one that was is recorded, for later ones may look as
-        early. The others that nobody has begun are cancelled; those that run go on.
+    def first(self) -> First[Any]:
+        """Which member succeeded first, and its result. Which one that was is recorded, for later ones may look as
+        early. The others that nobody has begun are cancelled; those that run go on; events that came for others are
+        given back.
 
         Raises:
             StepFailed: all have failed; the last of them in order.
@@ -93,13 +106,25 @@ class Gather:
             winner = int(self._replay.outcome(chosen, None))
         else:
             winner = self._winner()
-            self._driver.cancel_idle_members()
-            step = StepWrite(
-                place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position, result=str(winner),
-                args=self._replay.taken_with(place),
-            )  # fmt: skip
-            self._driver.record(step, current_step=place.name)
-        return self._outcome(winner, self._known()[winner])
+            self._record(place, str(winner))
+        self._end_the_others(winner)
+        return First(winner, self._outcome(winner, self._known()[winner]))
+
+    def _end_the_others(self, winner: int) -> None:
+        """Done once, and after it is recorded who has won: no event must be given back and taken, too."""
+        place = self._replay.place("first.end_others")
+        if self._replay.find(place) is not None:
+            return
+        self._driver.cancel_idle_members()
+        events = [n for n, work in enumerate(self._works) if n != winner and isinstance(work, Event | Decision)]
+        losers = (step for n in events if (step := self._known()[n]) is not None and step.child_session_key)
+        give_back(self._driver.runtime, [UUID(str(step.child_session_key)) for step in losers])
+        self._record(place, "null")
+
+    def _record(self, place: Place, result: str) -> None:
+        args = self._replay.taken_with(place)
+        step = StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position, result=result, args=args)
+        self._driver.record(step, current_step=place.name)
 
     def _winner(self) -> int:
         known = self._known()
@@ -126,11 +151,15 @@ class Gather:
 
     def _outcome(self, n: int, step: FlowStep | None) -> Any:
         try:
-            return self._replay.outcome(step, codec_of(self._driver.app, self._works[n]))  # type: ignore[arg-type]
+            return self._replay.outcome(step, self._codec(n))
         except StepFailed as failed:
             if not self._how.collects_failures:
                 raise
             return failed
+
+    def _codec(self, n: int) -> Codec | None:
+        work = self._works[n]
+        return codec_of(self._driver.app, work) if is_remote(work) else None
 
     def _first_failure(self) -> FlowStep:
         """Of a join that has failed, the first member that did, once all are closed: what handles the failure must not
@@ -172,6 +201,10 @@ class Gather:
     def _member(self, n: int) -> Member:
         work, place, cleanup = self._works[n], self._places[n], self._replay.cleaning
         assert place is not None
+        if isinstance(work, Awaited):
+            self._replay.refuse_in_cleanup(place.name)
+            member = child_member(self._driver.flow, place, awaiting(self._driver, work), None, cleanup=cleanup)
+            return replace(member, queue=self._driver.queue)  # whose workers know our code
         if isinstance(work, ChildFlow):
             if self._options.retry is not None:
                 raise InvalidData("step retry", "is not of child flows: their own steps are tried again")
@@ -183,9 +216,9 @@ class Gather:
         return member_of(self._driver.app, place, work, options, self._driver.max_payload_bytes, cleanup=cleanup)
 
 
-def is_remote(work: Work) -> bool:
-    """Whether it runs elsewhere: a Celery task or a flow of its own."""
-    return isinstance(work, Signature | ChildFlow)
+def is_remote(work: Work) -> TypeGuard[Remote]:
+    """Whether it runs, or is waited for, elsewhere: a Celery task or a flow of its own."""
+    return isinstance(work, Signature | ChildFlow | Awaited)
 
 
 def check_work(work: Any) -> None:
@@ -196,7 +229,8 @@ def check_work(work: Any) -> None:
     """
     if isinstance(work, Task) or not (is_remote(work) or callable(work)):
         kind = type(work).__name__ if not isinstance(work, Task) else "a bare task"
-        raise InvalidData("gather", f"takes task.s(…), flow.s(…) and functions without arguments, not {kind}")
+        takes = "task.s(…), flow.s(…), Event, Decision, Timer and functions without arguments"
+        raise InvalidData("gather", f"takes {takes}, not {kind}")
 
 
 def _function(app: Any, work: Any) -> Any:

@@ -19,7 +19,7 @@ from celery_flows.tasks import wait_steps
 from celery_flows.tasks.approval import Approval, approval_key
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.errors import FlowCancelled, FlowTimedOut, StepFailed
-from celery_flows.tasks.gather import Gather, How, Work
+from celery_flows.tasks.gather import First, Gather, How, Work
 from celery_flows.tasks.inline import run_inline
 from celery_flows.tasks.options import StepOptions
 from celery_flows.tasks.replay import Replay
@@ -151,20 +151,24 @@ class Run:
         return self._gather(members, How(collects_failures=return_exceptions, at_once=limit))
 
     @overload
-    def first(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> T: ...
+    def first(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> First[T]: ...
     @overload
-    def first(self, members: Iterable[Work]) -> Any: ...
-    def first(self, members: Iterable[Any]) -> Any:
-        """Runs Celery signatures and flows side by side, and gives the result of the one that succeeds first. The
-        others are cancelled if nobody has begun them; else they go on, and are recorded if they end before the flow.
+    def first(self, members: Iterable[Work]) -> First[Any]: ...
+    def first(self, members: Iterable[Any]) -> First[Any]:
+        """Runs Celery signatures and flows, and waits for :class:`Event`, :class:`Decision` and :class:`Timer`, side by
+        side; gives the number, from 0, and the result of the one that succeeds first.
+
+        The others are cancelled if nobody has begun them; else they go on, and are recorded if they end before the
+        flow. An event that came for another all the same is given back: who waits for it next has it.
 
         Raises:
             StepFailed: all of them failed.
-            InvalidData: there are none, or arguments cannot be JSON; none was scheduled.
+            InvalidData: there are none, or arguments cannot be JSON; none was scheduled. Or the flow cleans up, where
+                nothing is waited for.
         """
         gather = self._gather_of(members, How(first_only=True))
         if not gather.is_all_remote:
-            raise InvalidData("first", "takes one or more of task.s(…) and flow.s(…)")
+            raise InvalidData("first", "takes one or more of task.s(…), flow.s(…), Event, Decision and Timer")
         return gather.first()
 
     def _gather(self, members: Iterable[Work], how: How) -> list[Any]:

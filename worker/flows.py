@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
 from celery_flows.store.validation import check_name, check_text
 from celery_flows.tasks.aio import AsyncTransaction, run
+from celery_flows.tasks.awaited import register_awaited
 from celery_flows.tasks.celery_tasks import register
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.handle import FlowHandle
@@ -60,6 +61,7 @@ class Flows:
         self.app = app
         self.runtime = Runtime(app, store)
         register(app, self.runtime)
+        register_awaited(self.runtime)
         install(app, self.runtime)
         add_beat_entries(app, self.runtime)
         _installed[app] = self

@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 from celery_flows.store import Flow, FlowStep, FlowStepStatus
 from celery_flows.store.changes import Join, Member, StepWrite
 from celery_flows.store.waits import ExternalEventWait, TimerWait
+from celery_flows.tasks.awaited import EVENT, TIMER
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import HistoryMismatch
 from celery_flows.tasks.payloads import describe, result_codec
@@ -135,6 +136,10 @@ class InlineDriver(Driver):
     def join_group(self) -> int:
         return 0
 
+    @property
+    def queue(self) -> None:
+        return None
+
     def check_stop(self) -> None: ...
 
     def to_be_told(self) -> None:
@@ -174,8 +179,19 @@ class InlineDriver(Driver):
         raise _needs_a_store(f"the driver's {name}")
 
     def join(self, members: Sequence[Member], join: Join, *, cleanup: bool) -> NoReturn:
-        for member in members:
-            self._keep(self._outcome(member))
+        never_comes: Refused | None = None
+        succeeded = 0
+        for member in sorted(members, key=_turn):
+            try:
+                kept = self._keep(self._outcome(member))
+            except Refused as refused:
+                if member.task != EVENT:
+                    raise
+                never_comes = refused  # others may be enough
+            else:
+                succeeded += kept.status is FlowStepStatus.SUCCEEDED
+        if never_comes is not None and succeeded < join.good:
+            raise never_comes
         raise Suspended
 
     def wait(self, timer: TimerWait, step: StepWrite) -> NoReturn:
@@ -237,6 +253,11 @@ class InlineDriver(Driver):
         called = json.loads(member.args)
         value = task(*called["args"], **called["kwargs"])
         return result_codec(task.run).encode(what, value, self.max_payload_bytes)
+
+
+def _turn(member: Member) -> int:
+    """An event comes after all that is at work, a time after all else."""
+    return (EVENT, TIMER).index(member.task) + 1 if member.task in (EVENT, TIMER) else 0
 
 
 def _closed(step: StepWrite, status: FlowStepStatus, **outcome: Any) -> StepWrite:

@@ -605,7 +605,7 @@ def test_inline_a_flow_has_what_a_flow_has(shop: Shop) -> None:
         run.sleep(timedelta(days=90))
         passed = run.now() - began
         run.update(progress=1)
-        first = run.first([shop.charge.s("o1", 1), shop.charge.s("o1", 2)])
+        first = run.first([shop.charge.s("o1", 1), shop.charge.s("o1", 2)]).value
         granted = run.approval("manager").granted
         run.on_failure(undo, "second")
         return [run.step(flaky), passed.days, first, granted, run.gather([flaky, shop.charge.s("o1", 3)])]

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from celery import Celery, Signature
 
-from celery_flows import FlowCancelled, Flows, FlowTimedOut, Retry, Run, StepFailed, WaitTimedOut
+from celery_flows import Event, FlowCancelled, Flows, FlowTimedOut, Retry, Run, StepFailed, WaitTimedOut
 from celery_flows.store import dispatch
 from celery_flows.tasks.replay import run_id_of
 from tests.simulation.invariants import Observer
@@ -257,7 +257,7 @@ def window_fails(run: Run) -> str:
 def race(run: Run) -> int:
     """The first success goes on, and another join follows while losers run."""
     first = run.first(members(run, 3, fails=0))
-    return int(first) + len(run.gather([member.s(str(run.flow_id), number) for number in (8, 9)]))
+    return int(first.value) + len(run.gather([member.s(str(run.flow_id), number) for number in (8, 9)]))
 
 
 @flows.flow("deadline", timeout=timedelta(seconds=60))
@@ -290,6 +290,15 @@ def sleep(run: Run) -> str:
 def event(run: Run) -> str:
     run.step(one, str(run.flow_id))
     payload = run.wait_for("topic", "key")
+    run.step(two, str(run.flow_id))
+    return str(payload)
+
+
+@flows.flow("choice")
+def choice(run: Run) -> str:
+    """Waits for one of two events; what came for the other is given back."""
+    run.step(one, str(run.flow_id))
+    _, payload = run.first([Event("topic", "key"), Event("topic", "other")])
     run.step(two, str(run.flow_id))
     return str(payload)
 

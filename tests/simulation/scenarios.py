@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -209,6 +210,28 @@ def _undone(world: World, handles: list[FlowHandle[Any]]) -> None:
         assert often or not began or {"undo", "member-9"} <= effects, f"ended and not undone: {effects}"
 
 
+def _emits_both(world: World) -> list[FlowHandle[Any]]:
+    handles = [defined.choice.start()]
+    for correlation_id in ("key", "other"):
+        emit = partial(flows.emit, "topic", correlation_id, correlation_id)
+        world.spawn(f"emitter-{correlation_id}", _quietly(emit))
+    return handles
+
+
+def _emit_one(world: World, handles: list[FlowHandle[Any]]) -> None:
+    if not all(handle.status().is_terminal for handle in handles):
+        flows.emit("topic", "key", "late")
+
+
+def _given_back(world: World, handles: list[FlowHandle[Any]]) -> None:
+    """The event that was not taken is there for somebody else, once."""
+    kept = [json.loads(text) for (text,) in defined.observer.rows(
+        "SELECT payload_json FROM flow_inbox WHERE consumed_by IS NULL"
+    )]  # fmt: skip
+    taken = [handle.result(0) for handle in handles if handle.status() == "finished"]
+    assert len({*taken, *kept}) == len([*taken, *kept]), f"an event is given back and taken: {taken}, {kept}"
+
+
 def _each_event_once(world: World, handles: list[FlowHandle[Any]]) -> None:
     taken = [handle.result(0) for handle in handles if handle.status() == "finished"]
     payloads = [payload for payload in taken if payload not in ("timed out", "late")]
@@ -260,6 +283,7 @@ SCENARIOS = [
     Scenario("update by hand", _with("update", defined.gather), may_lose=True),
     Scenario("resume by hand", _with("resume", defined.sleep), may_lose=True),
     Scenario("pause", _with("pause", defined.gather), may_lose=True),
+    Scenario("one of two events", _emits_both, _emit_one, may_lose=True, check=_given_back),
     Scenario("one event", _emits(1, defined.event), _emit_missing, may_lose=True, check=_each_event_once),
     Scenario("event before the park", _emits_at_the_last_moment, _emit_missing, may_lose=True, check=_each_event_once),
     Scenario("two events", _emits(2, defined.event), _emit_missing, may_lose=True, check=_each_event_once),
