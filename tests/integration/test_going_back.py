@@ -165,7 +165,7 @@ def test_a_failure_that_was_caught_and_raised_again_is_the_failure(
     bench: Bench, shop: Shop, broken: str, noted: str
 ) -> None:
     """What was done about it is no part of the way that the flow takes when the step succeeds."""
-    works = {"here": shop.note, "elsewhere": shop.task}
+    works: dict[str, Any] = {"here": shop.note, "elsewhere": shop.task}
 
     @bench.flows.flow("raises again")
     def flow(run: Run) -> str:
@@ -519,9 +519,10 @@ def test_the_state_is_what_it_was_at_that_step(bench: Bench, shop: Shop) -> None
     assert given.fork(from_step="update#2").state() == {"given": True}
     fail(bench, given)
     assert given.state() == {"given": True, "last": "c", "c": 1, "failure": {"reason": "StepFailed"}}
+    refused: Any
     for refused in ([], {"a": {1, 2}}):
         with pytest.raises(InvalidData, match="state"):
-            handle.fork(from_step="note", state=refused)  # type: ignore[arg-type]
+            handle.fork(from_step="note", state=refused)
 
 
 def test_steps_that_are_known_by_a_key_are_taken_over_if_they_had_ended(bench: Bench, shop: Shop) -> None:
