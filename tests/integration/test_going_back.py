@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
@@ -32,6 +32,7 @@ from celery_flows import (
 from celery_flows.store import Flow, FlowStep, FlowStepStatus, audit, dispatch, taking_over
 from celery_flows.store.changes import Drive
 from celery_flows.store.engines import make_async_engine, make_engine
+from celery_flows.store.tables import flow_events, flow_steps
 from celery_flows.tasks.replay import run_id_of
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
@@ -780,3 +781,27 @@ def test_ten_thousand_steps_are_taken_over_at_once(bench: Bench, shop: Shop) -> 
     assert shop.ran() == ["last", "last"]
     assert len(bench.store.list_steps(forked.id)) == many + 2
     assert took < 20, f"{took:.1f} s: its transaction is open for most of this"
+
+
+def test_the_audit_sees_what_is_wrong_with_a_step_that_was_taken_over(bench: Bench, shop: Shop) -> None:
+    handle = three(shop).start("Ada")
+    bench.finish(handle)
+    forked = handle.fork(from_step="note#2")
+    bench.finish(forked)
+    mine = sa.and_(flow_steps.c.flow_id == forked.id, flow_steps.c.task == "note", flow_steps.c.position == 1)
+
+    def found(*writes: Any) -> list[tuple[str, str]]:
+        with bench.store.engine.connect() as connection:
+            for write in writes:
+                connection.execute(write)
+            snapshot = audit.take_snapshot(connection, forked.id)
+            connection.rollback()
+        assert snapshot is not None
+        return [(finding.kind, finding.about.partition(": ")[2]) for finding in audit.findings(snapshot)]
+
+    assert found() == []
+    assert found(sa.update(flow_steps).where(mine).values(result_json="another")) == [("step", "result_json")]
+    earlier = sa.update(flow_steps).where(mine).values(created_at=datetime(2020, 1, 1, tzinfo=UTC))
+    assert found(earlier) == [("step", "created_at")]
+    told = sa.and_(flow_events.c.flow_id == forked.id, flow_events.c.kind == "step_taken_over")
+    assert {kind for kind, _ in found(sa.delete(flow_events).where(told))} == {"step_without_events"}
