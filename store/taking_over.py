@@ -30,7 +30,6 @@ from celery_flows.store.tables import flow_events, flow_steps
 from celery_flows.store.transitions import jsonable
 
 ROWS_AT_ONCE = 1000
-CLAIMS = frozenset({"started", "resumed", "reclaimed"})  # a driver's, if they tell its fence
 
 
 @dataclass(slots=True)
@@ -49,7 +48,6 @@ class Origin:
     flow: Flow
     steps: Sequence[FlowStep]
     told: dict[str, Told] = field(default_factory=dict)  # by run id
-    claims: list[int] = field(default_factory=list)  # ids of the events by which drivers claimed it, ascending
     first_state: dict[str, Any] = field(default_factory=dict)  # its state_json when it was created
     states: dict[str, dict[str, Any]] = field(default_factory=dict)  # run id of a step that updated it → as of then
 
@@ -82,8 +80,6 @@ def read_origin(conn: Connection, flow_id: UUID) -> Origin | None:
 
 def _take_in(origin: Origin, event: FlowEvent) -> None:
     payload = event.payload_json
-    if event.kind in CLAIMS and "fence" in payload:
-        origin.claims.append(event.id)
     if event.kind == "created":
         origin.first_state.update(payload.get("set", {}).get("state_json", {}))
     run_id = payload.get("run_id")

@@ -49,8 +49,7 @@ def child_member(
         deadline_at=deadline,
     )
     queue = definition.queue if definition.queue is None else check_name("queue", definition.queue)
-    told = {} if place.key is None else {"key": place.key}
-    args = encode_json("child", {**told, "cleanup": True} if cleanup else told)
+    args = encode_json("child", {**place.kept(), "cleanup": True} if cleanup else place.kept())
     name = check_name("step", definition.name)
     return Member(place.run_id, name, place.position, args, queue, definition.priority, child=flow)
 

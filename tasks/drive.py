@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from celery_flows.store import FlowStatus, LeaseLost, dispatch, transitions
 from celery_flows.store.changes import End
 from celery_flows.store.clock import boottime
 from celery_flows.store.script import Call
+from celery_flows.tasks.call import call_flow
 from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import FlowCancelled
@@ -62,6 +62,8 @@ def _is_due_after(driver: Driver) -> bool:
     except BaseException as error:
         let_go(driver.runtime, driver.holder, error)
         raise
+    finally:
+        driver.loop.close()
     return driver.is_due_again
 
 
@@ -86,7 +88,7 @@ class Pass:
             driver.drain()
             driver.read_history()
         try:
-            result = self._call()
+            result = call_flow(self._definition, self._replay, self._run)
         except Exception as error:
             self._end_badly(driver.timed_out or error)
             return
@@ -99,12 +101,6 @@ class Pass:
             self._end(lambda: ("finished", finished))
         except FlowCancelled as cancelled:
             self._end_badly(cancelled)
-
-    def _call(self) -> Any:
-        driver, definition = self._driver, self._definition
-        arguments = [definition.input.decode("input", driver.flow.input_json)] if definition.takes_input else []
-        value = definition.function(self._run, *arguments)
-        return json.loads(definition.output.encode("result", value, driver.max_payload_bytes))
 
     def _end(self, outcome: Callable[[], tuple[str, dict[str, Any]]], *, illegal_after_cancel: bool = True) -> None:
         """The last write.

@@ -83,23 +83,38 @@ class Driver(Telling):
     def retry(self, step: StepWrite, pause: float) -> None:
         """Writes that an attempt failed; the next may begin after ``pause`` seconds. Suspends until then, unless that
         is but a moment, which passes here."""
-        at = self.now() + timedelta(seconds=pause)
-        step = replace(step, error={**(step.error or {}), RETRY_AT: at.isoformat()})
         stays = pause <= MOMENT_SECONDS
-        with self.unwinding():
-            self.write(
-                lambda: ("step_retrying", {"current_step": step.task}), step=step, forgive=self.crashed,
-                drive=None if stays else Park(self.holder, self.claim.wakes, self.at_the_latest(at)),
-            )  # fmt: skip
+        self._write_retry(step, self.now() + timedelta(seconds=pause), parks=not stays)
         if not stays:
             self.is_over = True
             raise Suspended
         self.runtime.pause(pause)
 
+    def note_retry(self, step: StepWrite, pause: float) -> datetime:
+        """Writes that an attempt failed, and when the next may begin, which it gives; others of this flow go on."""
+        at = self.now() + timedelta(seconds=pause)
+        self._write_retry(step, at, parks=False)
+        return at
+
+    def _write_retry(self, step: StepWrite, at: datetime, *, parks: bool) -> None:
+        step = replace(step, error={**(step.error or {}), RETRY_AT: at.isoformat()})
+        with self.unwinding():
+            self.write(
+                lambda: ("step_retrying", {"current_step": step.task}), step=step, forgive=self.crashed,
+                drive=Park(self.holder, self.claim.wakes, self.at_the_latest(at)) if parks else None,
+            )  # fmt: skip
+
     def wait_until(self, at: datetime) -> None:
         """Suspends until a time, if it has not come."""
         if self.now() < at:
-            self.park(at)
+            self.park(self.at_the_latest(at))
+
+    def pause_until(self, at: datetime) -> None:
+        """:meth:`wait_until`, but a moment passes here."""
+        seconds = (at - self.now()).total_seconds()
+        if seconds > MOMENT_SECONDS:
+            self.park(self.at_the_latest(at))
+        self.runtime.pause(max(0.0, seconds))
 
     def transact(self, write: Callable[[sa.Connection], StepWrite]) -> str:
         """Runs ``write`` in a transaction, which commits together with the step that it gives; its result as JSON text.
@@ -181,7 +196,7 @@ class Driver(Telling):
         Without new members the join that is waited for already is left as it is: its counters have moved meanwhile.
         """
         if not members:
-            self.park(None)
+            self.park(self.at_the_latest(None))
         pause = self.runtime.first_pause + 0.005 * len(members)  # publishing many takes a while itself
         with self.unwinding():
             self.write(
@@ -234,7 +249,7 @@ class Driver(Telling):
                     break
                 if self._take_timeout(step):
                     return stored.but(status=FlowStepStatus.FAILED, error_json={"type": WAIT_TIMED_OUT, "message": ""})
-        return self.park(wait.timeout_at)
+        return self.park(self.at_the_latest(wait.timeout_at))
 
     def _take_timeout(self, step: StepWrite) -> bool:
         """Closes the wait as timed out; False: the event came first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 from celery import Celery, Signature
 
@@ -24,7 +24,7 @@ LIMITS = ("time_limit", "soft_time_limit")
 GRACE_SECONDS = 5.0  # for a step to end after its timeout
 
 
-Remote = Signature[Any] | ChildFlow[Any] | Awaited  # what runs, or is waited for, elsewhere
+Remote: TypeAlias = Signature[Any] | ChildFlow[Any] | Awaited  # what runs, or is waited for, elsewhere
 
 
 def task_name(signature: Any) -> str:
@@ -74,9 +74,7 @@ def member_of(
     queue_name = getattr(queue, "name", queue)
     if queue_name is not None:
         check_name(f"queue of step {name}", queue_name)
-    called: dict[str, Any] = {"args": list(args), "kwargs": kwargs}
-    if place.key is not None:
-        called["key"] = place.key
+    called: dict[str, Any] = {"args": list(args), "kwargs": kwargs, **place.kept()}
     if cleanup:
         called["cleanup"] = True
     if given.retry is not None:

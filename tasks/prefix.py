@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
@@ -80,7 +80,7 @@ def until_failure(origin: Origin) -> list[FlowStep]:
     causes = [step for step in steps if _has_failed(step) and _is_failure_of(origin.flow, step)]
     if causes:
         cause = max(causes, key=lambda step: origin.told[step.run_id].last)
-        steps = [step for step in steps if step is not cause and not _knew(origin, step, cause)]
+        steps = [step for step in steps if step is not cause and not _followed(origin, step, cause)]
     latest = _latest(origin, steps)
     return [step for step in steps if _is_told(step) and (not _has_failed(step) or _was_handled(origin, latest, step))]
 
@@ -95,32 +95,25 @@ def _is_told(step: FlowStep) -> bool:
 
 
 def _was_handled(origin: Origin, latest: Iterable[FlowStep], failed: FlowStep) -> bool:
-    return origin.told[failed.run_id].taken_over or any(_knew(origin, step, failed) for step in latest)
+    return origin.told[failed.run_id].taken_over or any(_followed(origin, step, failed) for step in latest)
 
 
-def _latest(origin: Origin, steps: Iterable[FlowStep]) -> list[FlowStep]:
-    """The last that was taken of those that ran here, and of those that ran elsewhere: if any knew of a failure, one of
-    these did."""
-    by_where: dict[bool, FlowStep] = {}
-    for step in sorted(steps, key=lambda step: origin.told[step.run_id].first):
-        by_where[_runs_elsewhere(step)] = step
-    return list(by_where.values())
-
-
-def _knew(origin: Origin, step: FlowStep, failed: FlowStep) -> bool:
-    """Whether the function knew of the failure when it took the step. What has been recorded before is of a lower id,
-    and a driver reads what was completed elsewhere when it claims the flow: members that it scheduled under an earlier
-    claim are of the same gather."""
+def _followed(origin: Origin, step: FlowStep, failed: FlowStep) -> bool:
+    """Whether the function took the step when it knew of the failure. What it knew had been recorded, so is of a lower
+    id; but a member of a gather knows nothing of the others, whatever has become of them when it begins."""
     ended, began = origin.told[failed.run_id].last, origin.told[step.run_id].first
-    if began <= ended:
-        return False
-    if not (_runs_elsewhere(step) and _runs_elsewhere(failed)):
-        return True
-    return bisect_right(origin.claims, began) > bisect_right(origin.claims, ended)
+    return began > ended and (_gather_of(step) is None or _gather_of(step) != _gather_of(failed))
 
 
-def _runs_elsewhere(step: FlowStep) -> bool:
-    return step.child_session_key is not None or (isinstance(step.args_json, Mapping) and "args" in step.args_json)
+def _latest(origin: Origin, steps: Sequence[FlowStep]) -> list[FlowStep]:
+    """The step that was taken last, and the last outside of its gather: if any followed a failure, one of these did."""
+    began = sorted(steps, key=lambda step: origin.told[step.run_id].first, reverse=True)
+    outside = (step for step in began if _gather_of(step) is None or _gather_of(step) != _gather_of(began[0]))
+    return [*began[:1], *islice(outside, 1)]
+
+
+def _gather_of(step: FlowStep) -> int | None:
+    return step.args_json.get("gather") if isinstance(step.args_json, Mapping) else None
 
 
 def _is_failure_of(flow: Flow, step: FlowStep) -> bool:

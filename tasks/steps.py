@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from asyncio import CancelledError
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -22,10 +24,11 @@ from celery_flows.store.script import Call
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.inline import raised_as, timed_out
 from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on, surely_held
+from celery_flows.tasks.loop import Loop, call
 from celery_flows.tasks.payloads import describe, result_codec
 from celery_flows.tasks.retry import NEVER, RetryRule
 from celery_flows.tasks.runtime import Runtime, claim_token
-from celery_flows.tasks.timeout import TimeIsUp, time_limit
+from celery_flows.tasks.timeout import TimeIsUp
 
 log = logging.getLogger("celery_flows.steps")
 
@@ -86,8 +89,7 @@ def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery:
         return Completion(claim.holder, claim.flow_id, FlowStepStatus.CANCELLED)
     try:
         runtime.before_body(claim.task)
-        with time_limit(claim.args.get("timeout")):
-            value = _call(task, claim, delivery)
+        value = _call(task, claim, delivery)
         result = result_codec(task.run).encode(
             f"result of step {claim.task}", value, runtime.settings.max_payload_bytes
         )
@@ -98,7 +100,7 @@ def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery:
         return Completion(claim.holder, claim.flow_id, FlowStepStatus.SUCCEEDED)
     except (TimeIsUp, SoftTimeLimitExceeded):
         return failed(claim, timed_out(claim.task, claim.args.get("timeout")))
-    except (Exception, Reject) as error:
+    except (Exception, CancelledError, Reject) as error:
         return failed(claim, error)
     except BaseException as error:
         let_go(runtime, claim.holder, error)
@@ -118,7 +120,8 @@ def failed(claim: StepClaim, error: BaseException) -> Outcome:
 
 
 def _call(task: Task[Any, Any], claim: StepClaim, delivery: Delivery) -> Any:
-    """Calls the task under a request of its own. As an eager one, so that ``retry()`` raises instead of publishing."""
+    """Calls the task under a request of its own. As an eager one, so that ``retry()`` raises instead of publishing. One
+    that is an async function, which Celery would not await, runs in an event loop."""
     args, kwargs = claim.args["args"], claim.args["kwargs"]
     _task_stack.push(task)
     task.push_request(
@@ -128,7 +131,8 @@ def _call(task: Task[Any, Any], claim: StepClaim, delivery: Delivery) -> Any:
     )  # fmt: skip
     try:
         function = task if task_has_custom(task, "__call__") else task.run
-        return function(*args, **kwargs)
+        with closing(Loop()) as loop:
+            return call(loop, function, args, kwargs, claim.args.get("timeout"))
     finally:
         task.pop_request()
         _task_stack.pop()

@@ -16,6 +16,7 @@ from celery_flows.store.changes import Change, Completion, Park, Wake
 from celery_flows.store.models import FlowStep, new_id
 from celery_flows.store.tables import flow_dispatch, flow_inbox, flow_steps, flows
 from celery_flows.tasks.driver import Driver
+from celery_flows.tasks.errors import StepFailed
 
 _d, _s, _i = flow_dispatch.c, flow_steps.c, flow_inbox.c
 Plant = Callable[[Any], Any]
@@ -517,3 +518,26 @@ def observe_anything(original: Any) -> Any:
         return known if row is None else FlowStep.of_row(row)
 
     return like(original, mutated)
+
+
+# ---- async functions side by side -----------------------------------------------------------------------------------
+
+
+def always(original: Any) -> Any:
+    """Says yes."""
+    return lambda *args: True
+
+
+def raise_at_once(original: Any) -> Any:
+    def mutated(self: Any, member: Any, outcome: Any) -> None:
+        if isinstance(outcome, StepFailed):
+            raise outcome
+        original(self, member, outcome)
+
+    return mutated
+
+
+def end_nothing(original: Any) -> Any:
+    async def mutated(tasks: Any) -> None: ...
+
+    return mutated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import sqlalchemy as sa
 from celery import Celery, Task, signals
 from pydantic import BaseModel
 
-from celery_flows import FlowDefinition, Flows, Retry, Run, StepFailed, StepTimedOut
+from celery_flows import AsyncRun, FlowDefinition, Flows, Retry, Run, StepFailed, StepTimedOut
 from celery_flows.store import SqlFlowStore
 from celery_flows.store.clock import boottime
 from celery_flows.store.engines import make_engine
@@ -58,6 +60,7 @@ class Shop:
     retried: FlowDefinition[str, str]
     undone: FlowDefinition[str, None]
     bounded: FlowDefinition[str, list[str]]
+    beside: FlowDefinition[list[str], list[str]]
     greet: Task[Any, None]
 
     @property
@@ -98,6 +101,15 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
         while not gate_of(effects).exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         effects.append(f"{label} ended", at=boottime())
+        return label
+
+    async def hold_beside(label: str) -> str:
+        """As :func:`hold`, and does not keep its siblings waiting; a quick one does not wait at all."""
+        effects.append(f"{label} began")
+        deadline = time.monotonic() + HOLD_SECONDS
+        while label != "quick" and not gate_of(effects).exists() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        effects.append(f"{label} ended")
         return label
 
     def reserve(order: Order) -> list[int]:
@@ -257,6 +269,14 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
             told.append(run.options(retry=Retry(2, initial=timedelta(milliseconds=10))).step(dawdle))
         return told
 
+    @flows.flow("shop/beside")
+    async def beside(run: AsyncRun, labels: list[str]) -> list[str]:
+        await run.step(note, "before")
+        held = await run.gather(partial(hold_beside, label) for label in labels)
+        await run.sleep(timedelta(milliseconds=100))
+        await run.step(note, "after")
+        return held
+
     if BELLS in environment:
 
         @flows.flow("shop/bell", schedule=float(environment[BELLS]))
@@ -265,7 +285,7 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
 
     return Shop(
         app, flows, effects, fulfil, held_step, held_inline, many_inline, delayed, swollen, private, retried, undone,
-        bounded, greet,
+        bounded, beside, greet,
     )  # fmt: skip
 
 
