@@ -220,6 +220,41 @@ def test_of_a_gather_all_that_failed_are_run_again(bench: Bench, shop: Shop, lim
     assert sorted(ran + shop.ran()) == sorted([*map(str, range(6)), *({"1", "3"} & set(ran))])
 
 
+def test_a_member_that_ended_after_another_had_failed_did_not_follow_it(bench: Bench, shop: Shop) -> None:
+    """Whether they run side by side here, or one is scheduled when another has failed elsewhere."""
+    failed = asyncio.Event()
+
+    async def quick() -> str:
+        try:
+            return shop.note("quick")
+        finally:
+            failed.set()
+
+    async def slow() -> str:
+        await failed.wait()
+        await asyncio.sleep(0.02)
+        return shop.note("slow")
+
+    @bench.flows.flow("side by side")
+    def flow(run: Run, kind: str) -> list[Any]:
+        if kind == "here":
+            return run.gather([quick, slow])
+        found = run.gather([shop.task.s(str(n)) for n in range(6)], limit=1, return_exceptions=True)
+        if any(isinstance(each, StepFailed) for each in found):
+            raise ValueError("of the function's own")
+        return found
+
+    shop.fails = {"quick", "1"}
+    here, elsewhere = flow.start("here"), flow.start("elsewhere")
+    for handle in (here, elsewhere):
+        fail(bench, handle)
+    assert shop.ran() == ["quick", "slow", *map(str, range(6))]
+    shop.fails = set()
+    assert bench.finish(here.retry()) == ["quick done", "slow done"]
+    assert bench.finish(elsewhere.retry()) == [f"{n} done" for n in range(6)]
+    assert shop.ran() == ["quick", "1"]
+
+
 @pytest.mark.parametrize("reported", [False, True])
 def test_failures_that_a_gather_collected_are_handled_once_another_step_was_taken(
     bench: Bench, shop: Shop, reported: bool
