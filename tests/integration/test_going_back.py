@@ -505,7 +505,9 @@ def named(bench: Bench, handle: FlowHandle[Any], name: str) -> FlowStep:
     )[int(number or 1) - 1]
 
 
-@pytest.mark.parametrize("from_step", ["nothing", "note#3", "note#0", "note#", "#1", "", "5561c6ce-865e-4fb6-8a3e-82e6cf027a12"])
+@pytest.mark.parametrize(
+    "from_step", ["nothing", "note#3", "note#0", "note#", "#1", "", "5561c6ce-865e-4fb6-8a3e-82e6cf027a12"]
+)
 def test_a_step_that_is_not_there_is_answered_with_those_that_are(bench: Bench, shop: Shop, from_step: str) -> None:
     handle = three(shop).start("Ada")
     bench.finish(handle)
@@ -855,4 +857,4 @@ def test_a_flow_that_goes_back_is_under_the_limit_of_its_definition(bench: Bench
     shop.fails.clear()
     again = handle.retry()
     assert [row.limit_key for row in bench.rows(again.id)] == ['["limited"]']
-    assert bench.finish(again) == "once"
+    assert bench.finish(again) == "once done"

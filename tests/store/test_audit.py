@@ -416,7 +416,7 @@ def test_pages_of_flows_follow_each_other_without_gap_or_double(
     store: SqlFlowStore, manager: FlowManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit, "FLOW_PAGE", 3)
-    monkeypatch.setattr(audit, "EVENT_PAGE", 2)
+    monkeypatch.setattr(op, "EVENT_PAGE", 2)
     made = [damaged(store, manager).id for _ in range(7)]
     for _ in range(4):
         manager.update_state(made[3], {})
