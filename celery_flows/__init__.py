@@ -39,6 +39,7 @@ from celery_flows.tasks.errors import (
 )
 from celery_flows.tasks.gather import First
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.limit import Limit
 from celery_flows.tasks.options import step
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.retry import Permanent, Retry
@@ -77,6 +78,7 @@ __all__ = [
     "IllegalTransition",
     "InvalidData",
     "KeyConflict",
+    "Limit",
     "Permanent",
     "ResultTimedOut",
     "Retry",

@@ -252,7 +252,10 @@ def change_with_children(conn: Connection, change: Change) -> tuple[Flow, int | 
     """
     for member in change.members:
         if member.child is not None:
-            drive = Drive(member.task, member.queue, member.priority, change.first_pause, member.run_id)
+            drive = Drive(
+                member.task, member.queue, member.priority, change.first_pause, member.run_id,
+                limit_key=member.limit_key,
+            )  # fmt: skip
             create_flow(conn, member.child, {}, drive)
     return change_flow(conn, change)
 

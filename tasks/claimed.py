@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, NoReturn, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 from celery import Celery
 
 from celery_flows.store import FlowNotFound, FlowStep, LeaseLost, RevisionMismatch, StoreError, dispatch
-from celery_flows.store.changes import Change, Park, StepWrite
+from celery_flows.store.changes import Change, Member, Park, StepWrite
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import DriveClaim
 from celery_flows.store.models import TERMINAL
@@ -53,6 +53,7 @@ class Claimed:
         self.interruption: BaseException | None = None  # what a step raised that ends more than the step
         self.is_due_again = False
         self.loop = Loop()
+        self.kept_slot = False  # a limited flow keeps its slot beyond this claim
         self._lease_until = asked_at + runtime.settings.lease_seconds
         self._claimed_at = boottime()
 
@@ -163,11 +164,18 @@ class Claimed:
         self.cancel_requested = standing.cancel_requested
         self.is_paused = standing.paused
 
-    def park(self, due_at: datetime | None) -> NoReturn:
+    def keeps_slot(self, members: Sequence[Member] = ()) -> bool:
+        """Whether all that it waits for is work of its own: these members, and what is out. Child flows are none: they
+        may be under the same limit, and wait for the slot."""
+        out = (step for step in self.history.values() if not step.status.is_terminal)
+        return not any(member.child for member in members) and not any(step.child_session_key for step in out)
+
+    def park(self, due_at: datetime | None, *, keeps_slot: bool = False) -> NoReturn:
         """Gives the flow back until ``due_at`` (None: until somebody wakes it), and suspends."""
         with self.unwinding():
-            parked = Park(self.holder, self.claim.wakes, due_at)
+            parked = Park(self.holder, self.claim.wakes, due_at, keeps_slot=keeps_slot)
             self.is_due_again = self.runtime.store.run(dispatch.park, parked)
+        self.kept_slot = keeps_slot
         self.is_over = True
         raise Suspended
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any, NoReturn
 
 import sqlalchemy as sa
@@ -20,6 +21,7 @@ from celery_flows.store import (
     InvalidData,
     RevisionMismatch,
     StoreError,
+    children,
     dispatch,
     transitions,
 )
@@ -28,9 +30,11 @@ from celery_flows.store.changes import Change, Drive, End, Join, Member, Park, S
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.waits import ExternalEventWait, TimerWait, event_key, wait_json
+from celery_flows.tasks.children import DEEPEST
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import HistoryMismatch
 from celery_flows.tasks.inline import RETRY_AT
+from celery_flows.tasks.interrupts import Interruptible
 from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.replay import Place, Suspended
 from celery_flows.tasks.telling import Telling
@@ -65,6 +69,15 @@ class Driver(Telling):
         if days is not None and at > self.now() + timedelta(days=days):
             raise InvalidData("timer", f"is more than {days:g} days away (flow_timer_horizon_days)")
 
+    @cached_property
+    def lineage(self) -> tuple[str, ...]:
+        """The names of the flows that this one is a child of, the outermost first, and its own. Free for a flow that is
+        nobody's child."""
+        if self.flow.parent_flow_id is None:
+            return (self.flow.controller_id,)
+        with self.unwinding():
+            return self.runtime.store.run(children.lineage, self.flow.id, DEEPEST)
+
     def refuse_history(self, mismatch: HistoryMismatch) -> NoReturn:
         """The function here is not the one that this history was made by: the flow is left alone, and says why."""
         log.error("flow %s of %r is left alone: %s", self.flow.id, self.flow.controller_id, mismatch)
@@ -79,6 +92,16 @@ class Driver(Telling):
     def interrupt(self, error: BaseException) -> None:
         """A step raised what ends its process, or was meant to: the claim is over, and ends with just that."""
         self.is_over, self.interruption = True, error
+
+    def interruptible(self) -> Interruptible:
+        """How cancel and deadline may interrupt the body of a step; see :meth:`look_for_cause`."""
+        assert self.holder.worker is not None
+        return Interruptible(self.runtime.interrupts, self.holder.worker)
+
+    def look_for_cause(self) -> None:
+        """After an interrupt: reads whether the flow is cancelled."""
+        with self.unwinding():
+            self.look_again()
 
     def retry(self, step: StepWrite, pause: float) -> None:
         """Writes that an attempt failed; the next may begin after ``pause`` seconds. Suspends until then, unless that
@@ -169,7 +192,8 @@ class Driver(Telling):
         )
         if self.open_members:
             self.settle_members()
-        drive = Drive(definition.name, definition.queue, first_pause=self.runtime.first_pause)
+        limit_key = definition.limit_key(flow.input_json)
+        drive = Drive(definition.name, definition.queue, first_pause=self.runtime.first_pause, limit_key=limit_key)
         columns = {"status": FlowStatus.FINISHED, "wait_json": None, "idempotency_key": None, "continued_as": flow.id}
         with self.unwinding():
             self.write(
@@ -196,16 +220,17 @@ class Driver(Telling):
         Without new members the join that is waited for already is left as it is: its counters have moved meanwhile.
         """
         if not members:
-            self.park(self.at_the_latest(None))
+            self.park(self.at_the_latest(None), keeps_slot=self.keeps_slot())
+        keeps_slot = self.keeps_slot(members)
         pause = self.runtime.first_pause + 0.005 * len(members)  # publishing many takes a while itself
         with self.unwinding():
             self.write(
                 lambda: ("step_scheduled", {"current_step": members[0].task}),
                 members=tuple(members), first_pause=pause, forgive=self.crashed,
-                drive=Park(self.holder, self.claim.wakes, self.at_the_latest(None), join),
+                drive=Park(self.holder, self.claim.wakes, self.at_the_latest(None), join, keeps_slot),
                 illegal_after_cancel=not cleanup,
             )  # fmt: skip
-        self.is_over = True
+        self.is_over, self.kept_slot = True, keeps_slot
         self.runtime.publisher.publish(*(self._hint_of(member) for member in members))
         raise Suspended
 

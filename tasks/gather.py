@@ -12,7 +12,7 @@ from celery import Signature, Task
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.changes import Join, Member, StepWrite
 from celery_flows.tasks.awaited import Awaited, Decision, Event, awaiting, give_back
-from celery_flows.tasks.children import ChildFlow, child_member
+from celery_flows.tasks.children import ChildFlow, check_depth, child_member
 from celery_flows.tasks.errors import FlowCancelled, StepFailed
 from celery_flows.tasks.inline import InlineStep
 from celery_flows.tasks.members import Remote, codec_of, member_name, member_of
@@ -222,12 +222,16 @@ class Gather:
         if isinstance(work, ChildFlow):
             if self._options.retry is not None:
                 raise InvalidData("step retry", "is not of child flows: their own steps are tried again")
+            check_depth(self._driver.lineage, work.definition.name)
             timeout = self._options.timeout or work.definition.timeout
             deadline = None if timeout is None else self._driver.now() + timeout
             return child_member(self._driver.flow, place, work, deadline, cleanup=cleanup)
         assert isinstance(work, Signature)
         options = self._options.over(options_of(_function(self._driver.app, work))).over(self._driver.defaults)
-        return member_of(self._driver.app, place, work, options, self._driver.max_payload_bytes, cleanup=cleanup)
+        return member_of(
+            self._driver.app, place, work, options, self._driver.max_payload_bytes, cleanup=cleanup,
+            undoing=self._replay.undoing,
+        )  # fmt: skip
 
 
 def is_remote(work: Work) -> TypeGuard[Remote]:

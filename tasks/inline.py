@@ -14,6 +14,7 @@ from celery_flows.store.changes import StepWrite
 from celery_flows.store.models import new_id
 from celery_flows.store.validation import check_name
 from celery_flows.tasks.errors import StepTimedOut, failure_of
+from celery_flows.tasks.interrupts import Interrupted
 from celery_flows.tasks.loop import call, is_async, is_cancelled
 from celery_flows.tasks.options import StepOptions, options_of
 from celery_flows.tasks.payloads import describe, read_back, result_codec
@@ -88,7 +89,8 @@ class InlineStep:
     def body(self) -> str:
         """Calls the function; its result as JSON text."""
         with self._replay.inside(self.place.name):
-            value = call(self._driver.loop, self._work, self._args, self._kwargs, self._options.seconds)
+            bounds = self._options.seconds, self._replay.interruptible()
+            value = call(self._driver.loop, self._work, self._args, self._kwargs, *bounds)
         return self._codec.encode(self._what, value, self._driver.max_payload_bytes)
 
 
@@ -130,10 +132,12 @@ class Attempts:
             outcome = self.once(attempt)
             if isinstance(outcome, str):
                 return outcome
-            self._driver.retry(outcome.step, outcome.pause)
+            if outcome is not None:
+                self._driver.retry(outcome.step, outcome.pause)
 
-    def once(self, attempt: Callable[[float], str]) -> str | Again:
+    def once(self, attempt: Callable[[float], str]) -> str | Again | None:
         """Makes one attempt, which records its own result. That it is to be made again is for the caller to record.
+        None: it was interrupted, and has come to nothing; either the flow is told why, or it is made again.
 
         Raises:
             StepFailed: it failed, was the last one, and that is recorded.
@@ -145,6 +149,9 @@ class Attempts:
             return attempt(began)
         except Suspended:
             raise
+        except Interrupted:
+            self._driver.look_for_cause()
+            return None
         except CancelledError as cancelled:
             if is_cancelled():
                 raise

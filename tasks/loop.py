@@ -13,6 +13,7 @@ from celery._state import _task_stack  # type: ignore[attr-defined]
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
 
 from celery_flows.store.errors import InvalidData
+from celery_flows.tasks.interrupts import Interruptible
 from celery_flows.tasks.timeout import bounded, time_limit
 
 T = TypeVar("T")
@@ -103,17 +104,23 @@ async def end(tasks: Collection[asyncio.Task[Any]]) -> None:
             task.exception()
 
 
-def call(loop: Loop, work: Callable[..., Any], args: Any, kwargs: Any, seconds: float | None) -> Any:
+def call(
+    loop: Loop, work: Callable[..., Any], args: Any, kwargs: Any, seconds: float | None, interruptible: Interruptible
+) -> Any:
     """Calls a step's function, within ``seconds``, None: as long as it takes. What is async runs in the loop.
 
     Raises:
         TimeIsUp: it took longer.
+        Interrupted: its flow is to end, or so it seemed.
     """
     if is_async(work):
-        return loop.run(bounded(work(*args, **kwargs), seconds))
-    with time_limit(seconds):
         value = work(*args, **kwargs)
-    return loop.run(bounded(value, seconds)) if inspect.iscoroutine(value) else value
+    else:
+        with time_limit(seconds), interruptible.body():
+            value = work(*args, **kwargs)
+        if not inspect.iscoroutine(value):
+            return value
+    return loop.run(bounded(interruptible.coroutine(value), seconds))
 
 
 def is_async(work: Callable[..., Any]) -> bool:

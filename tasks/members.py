@@ -41,11 +41,19 @@ def task_name(signature: Any) -> str:
 
 
 def member_of(
-    app: Celery, place: Place, signature: Signature[Any], given: StepOptions, limit: int, *, cleanup: bool = False
+    app: Celery,
+    place: Place,
+    signature: Signature[Any],
+    given: StepOptions,
+    limit: int,
+    *,
+    cleanup: bool = False,
+    undoing: bool = False,
 ) -> Member:
     """The rows of a Celery step: queue, priority and time limits are the signature's, else the task's, else routed.
 
-    A ``cleanup`` step says so, for it is run although its flow is cancelled. Its retry and timeout go with it, for
+    A ``cleanup`` step says so, for it is run although its flow is cancelled; so does one that is ``undoing``, for it is
+    not interrupted once it has begun. Its retry and timeout go with it, for
     whoever runs it; should it not heed its timeout, its process is ended some seconds later, where the pool can.
 
     Raises:
@@ -77,6 +85,8 @@ def member_of(
     called: dict[str, Any] = {"args": list(args), "kwargs": kwargs, **place.kept()}
     if cleanup:
         called["cleanup"] = True
+    if undoing:
+        called["undoing"] = True
     if given.retry is not None:
         called["retry"] = asdict(given.retry.rule())
     if seconds is not None:

@@ -13,6 +13,7 @@ from celery_flows.store.validation import MAX_PAYLOAD_BYTES, check_name, check_p
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.errors import UnknownFlow
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.limit import Limit
 from celery_flows.tasks.loop import is_async
 from celery_flows.tasks.options import StepOptions, check_duration
 from celery_flows.tasks.payloads import Codec, codec_for
@@ -47,6 +48,7 @@ class FlowDefinition(AsyncStarts[In, Out]):
         timeout: timedelta | None = None,
         priority: int | None = None,
         schedule: Schedule | None = None,
+        limit: Limit | None = None,
     ) -> None:
         self.name = check_name("flow name", name)
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
@@ -63,6 +65,9 @@ class FlowDefinition(AsyncStarts[In, Out]):
         self.takes_input, self.input, self.output = _codecs(name, function)
         if schedule is not None:
             _check_takes_a_slot(self)
+        self.limit = limit
+        if limit is not None:
+            _check_limit(self, limit)
 
     def start(
         self,
@@ -151,6 +156,23 @@ class FlowDefinition(AsyncStarts[In, Out]):
         if input is not None:
             raise InvalidData("input", f"flow {self.name!r} takes none")
         return None
+
+    def limit_key(self, encoded: Any) -> str | None:
+        """What a flow with this input, as stored, shares its limit with; None: it has no limit.
+
+        Raises:
+            InvalidData: the limit's ``per`` gives no key.
+        """
+        if self.limit is None:
+            return None
+        return self.limit.key(self.name, self.input.decode("input", encoded) if self.limit.per else None)
+
+
+def _check_limit(definition: FlowDefinition[Any, Any], limit: Any) -> None:
+    if not isinstance(limit, Limit):
+        raise InvalidData(f"limit of flow {definition.name}", "must be a Limit(…)")
+    if limit.per is not None and not definition.takes_input:
+        raise InvalidData(f"limit of flow {definition.name}", "has per=, and the flow takes no input")
 
 
 def _check_takes_a_slot(definition: FlowDefinition[Any, Any]) -> None:

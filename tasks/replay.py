@@ -10,6 +10,7 @@ from uuid import UUID, uuid5
 
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.tasks.errors import FlowCancelled, HistoryMismatch, failure_of
+from celery_flows.tasks.interrupts import IN_PEACE, Interruptible
 from celery_flows.tasks.payloads import Codec
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Replay:
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self.undos: list[Undo] = []
+        self.undoing = False  # by itself, though it may go on
         self._inside: list[str] = []  # the steps that are running now; several are members of one gather
         self._is_taking = False  # a step of an async function
         self.unwound_by: BaseException | None = None  # what went up an async function, or one of its tasks
@@ -203,6 +205,10 @@ class Replay:
             yield
         finally:
             self._inside.remove(name)
+
+    def interruptible(self) -> Interruptible:
+        """How a step's own code may be interrupted: what cleans up or undoes is left in peace."""
+        return IN_PEACE if self.cleaning or self.undoing else self.driver.interruptible()
 
     def outcome(self, step: FlowStep | None, codec: Codec | None) -> Any:
         """What a closed step came to: its result, or what it raised.

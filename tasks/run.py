@@ -220,6 +220,13 @@ class Run:
         """Runs what :meth:`on_failure` was told, the latest first, and gives the names of those that failed. The flow
         does so by itself when it fails or is cancelled; here for a function that means to go on.
         """
+        self._replay.undoing = True
+        try:
+            return self._undo()
+        finally:
+            self._replay.undoing = False
+
+    def _undo(self) -> list[str]:
         failed = []
         while self._replay.undos:
             undo = self._replay.undos[-1]  # it stays until it is closed: a cancel may come first
@@ -243,9 +250,13 @@ class Run:
     # ---- waits ----
 
     def sleep(self, duration: timedelta) -> None:
-        """Waits without a worker, for seconds or months, by the database's clock."""
+        """Waits without a worker, for seconds or months, by the database's clock.
+
+        Raises:
+            InvalidData: it is no timedelta, or ends past ``flow_timer_horizon_days`` or the year 9999.
+        """
         self._without_options()
-        wait_steps.sleep(self._replay, lambda: self._replay.driver.now() + duration)
+        wait_steps.sleep(self._replay, lambda: wait_steps.after(self._replay, "duration", duration))
 
     def sleep_until(self, at: datetime) -> None:
         """Waits without a worker until an aware time; a time that has passed is no wait.

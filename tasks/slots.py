@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,8 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
     def due(now: datetime, last: datetime | None) -> list[datetime]:
         return schedule.due(now + AHEAD, last, zone)
 
-    def flow_at(slot: datetime) -> Flow:
-        return Flow(
+    def flow_at(slot: datetime) -> tuple[Flow, Drive]:
+        flow = Flow(
             controller_id=definition.name,
             definition_version=definition.version,
             deadline_at=None if definition.timeout is None else slot + definition.timeout,
@@ -55,10 +56,10 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
             idempotency_key=f"slot {slot.isoformat()}",
             input_json=definition.encoded_input(slot if definition.takes_input else None),
         )
+        return flow, replace(drive, limit_key=definition.limit_key(flow.input_json))
 
     drive = Drive(definition.name, definition.queue, definition.priority, runtime.first_pause)
-    skips = schedule.overlap == "skip"
-    seen = runtime.store.run(schedules.start_due, row_of(definition), due, flow_at, drive, skips=skips)
+    seen = runtime.store.run(schedules.start_due, row_of(definition), due, flow_at, schedule.overlap)
     for slot in seen.skipped:
         log.warning("flow %r skips its slot %s: the one before is still open", definition.name, slot.isoformat())
     hints = [Hint(str(each), each, "drive", drive.task, drive.queue, drive.priority) for each in seen.started]
@@ -67,14 +68,22 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
 
 
 def missed(runtime: Runtime) -> Iterator[tuple[str, datetime]]:
-    """The definitions of whose schedules a slot has passed that nobody has seen to, and the latest such slot."""
+    """The definitions of whose schedules a slot has passed that nobody has seen to, and the latest such slot. One that
+    waits for the flow of the slot before has been seen."""
     before = runtime.store.run(op.now) - timedelta(seconds=ON_TIME_SECONDS)
     for definition in runtime.registry:
         if definition.schedule is not None:
             last = runtime.store.run(schedules.last_slot, row_of(definition))
             slot = next(definition.schedule.slots_before(before, runtime.app.timezone), None)
-            if slot is not None and last is not None and slot > last:
+            if slot is not None and last is not None and slot > last and not _waits(runtime, definition):
                 yield definition.name, slot
+
+
+def _waits(runtime: Runtime, definition: FlowDefinition[Any, Any]) -> bool:
+    schedule = definition.schedule
+    if schedule is None or schedule.overlap != "wait":
+        return False
+    return runtime.store.run(schedules.is_held_up, row_of(definition))
 
 
 def row_of(definition: FlowDefinition[Any, Any]) -> str:

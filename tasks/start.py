@@ -49,7 +49,9 @@ def start(
     caller = None if session is None else transaction_of(session)
     store = runtime.store if caller is None else runtime.store.using(caller)
     encoded = definition.encoded_input(input)
+    limit_key = definition.limit_key(encoded)
     drive, told = drive_row(runtime, store, definition, options)
+    drive = replace(drive, limit_key=limit_key)
     flow = Flow(
         controller_id=definition.name,
         definition_version=definition.version,

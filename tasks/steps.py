@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from asyncio import CancelledError
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +23,7 @@ from celery_flows.store.dispatch import StepClaim
 from celery_flows.store.script import Call
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.inline import raised_as, timed_out
+from celery_flows.tasks.interrupts import IN_PEACE, Interrupted, Interruptible
 from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on, surely_held
 from celery_flows.tasks.loop import Loop, call
 from celery_flows.tasks.payloads import describe, result_codec
@@ -60,12 +61,12 @@ def run_step(runtime: Runtime, run_id: str, delivery: Delivery) -> None:
         return
     try:
         surely_held(runtime, claim.holder, asked_at + lease)  # the claim may have taken longer than a lease itself
+        while (outcome := _attempt(runtime, claim, task, delivery)) is None:
+            surely_held(runtime, claim.holder, boottime())
+        completed = settle(runtime, claim, outcome)
     except LeaseLost as lost:
         log.info("%s", lost)
         return
-    outcome = _attempt(runtime, claim, task, delivery)
-    try:
-        completed = settle(runtime, claim, outcome)
     except StoreError as error:
         let_go(runtime, claim.holder, error)
         raise
@@ -84,15 +85,20 @@ class Again:
 Outcome = Completion | Again
 
 
-def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery: Delivery) -> Outcome:
+def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery: Delivery) -> Outcome | None:
+    """What an attempt comes to; None: it was interrupted by mistake, and is to be made again."""
     if claim.cancel_requested and not claim.args.get("cleanup"):
-        return Completion(claim.holder, claim.flow_id, FlowStepStatus.CANCELLED)
+        return cancelled(claim)
     try:
         runtime.before_body(claim.task)
-        value = _call(task, claim, delivery)
+        value = _call(runtime, task, claim, delivery)
         result = result_codec(task.run).encode(
             f"result of step {claim.task}", value, runtime.settings.max_payload_bytes
         )
+    except Interrupted:
+        if not runtime.store.run(dispatch.list_to_stop, [_token(claim)]):
+            return None
+        return cancelled(claim)
     except Retry as retry:
         error = describe(retry.exc) if retry.exc is not None else {"type": "Retry", "message": ""}
         return Again(_delay_seconds(retry.when), error)
@@ -108,6 +114,21 @@ def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery:
     return Completion(claim.holder, claim.flow_id, FlowStepStatus.SUCCEEDED, result=result)
 
 
+def cancelled(claim: StepClaim) -> Completion:
+    """What an attempt comes to that its flow's cancelling forestalled, or cut off."""
+    return Completion(claim.holder, claim.flow_id, FlowStepStatus.CANCELLED)
+
+
+def _interruptible(runtime: Runtime, claim: StepClaim) -> Interruptible:
+    in_peace = claim.args.get("cleanup") or claim.args.get("undoing")
+    return IN_PEACE if in_peace else Interruptible(runtime.interrupts, _token(claim))
+
+
+def _token(claim: StepClaim) -> str:
+    assert claim.holder.worker is not None  # what was claimed is held
+    return claim.holder.worker
+
+
 def failed(claim: StepClaim, error: BaseException) -> Outcome:
     """What an attempt comes to that raised: another one, if the step's policy says so."""
     rule = NEVER if (policy := claim.args.get("retry")) is None else RetryRule.of(policy)
@@ -119,7 +140,7 @@ def failed(claim: StepClaim, error: BaseException) -> Outcome:
     return Completion(claim.holder, claim.flow_id, FlowStepStatus.FAILED, error=told)
 
 
-def _call(task: Task[Any, Any], claim: StepClaim, delivery: Delivery) -> Any:
+def _call(runtime: Runtime, task: Task[Any, Any], claim: StepClaim, delivery: Delivery) -> Any:
     """Calls the task under a request of its own. As an eager one, so that ``retry()`` raises instead of publishing. One
     that is an async function, which Celery would not await, runs in an event loop."""
     args, kwargs = claim.args["args"], claim.args["kwargs"]
@@ -132,7 +153,7 @@ def _call(task: Task[Any, Any], claim: StepClaim, delivery: Delivery) -> Any:
     try:
         function = task if task_has_custom(task, "__call__") else task.run
         with closing(Loop()) as loop:
-            return call(loop, function, args, kwargs, claim.args.get("timeout"))
+            return call(loop, function, args, kwargs, claim.args.get("timeout"), _interruptible(runtime, claim))
     finally:
         task.pop_request()
         _task_stack.pop()
@@ -158,10 +179,19 @@ def settle(runtime: Runtime, claim: StepClaim, outcome: Outcome) -> dispatch.Com
 def time_out(runtime: Runtime, worker: str) -> bool:
     """Records that a step took too long, its process having been ended for that: ``worker`` is the beginning of its
     holder's token. False: it holds no step any more."""
+    return _settle_for(runtime, worker, lambda claim: failed(claim, timed_out(claim.task, claim.args.get("timeout"))))
+
+
+def cancel_stopped(runtime: Runtime, worker: str) -> bool:
+    """Records that a step was cancelled, its process having been ended over it; as :func:`time_out`."""
+    return _settle_for(runtime, worker, cancelled)
+
+
+def _settle_for(runtime: Runtime, worker: str, outcome: Callable[[StepClaim], Outcome]) -> bool:
     claim: StepClaim | None = runtime.store.run(dispatch.find_step_claim, worker)
     if claim is None:
         return False
-    completed = settle(runtime, claim, failed(claim, timed_out(claim.task, claim.args.get("timeout"))))
+    completed = settle(runtime, claim, outcome(claim))
     if completed is not None and completed.woke:
         runtime.call_worker(str(claim.flow_id))
     return True

@@ -80,7 +80,7 @@ class Telling(Claimed):
             if self.open_members:
                 self._cancel_children()
         if self.open_members:
-            self.park(None)
+            self.park(None, keeps_slot=self.keeps_slot())
 
     def cancel_idle_members(self) -> None:
         """Cancels the members of joins that nobody has begun, and asks children to cancel; what runs goes on."""

@@ -54,7 +54,8 @@ def run_transaction(
         session = Session(connection, join_transaction_mode="create_savepoint")
         try:
             with session, replay.inside(place.name), time_limit(options.seconds):
-                value = work(session, *args, **kwargs)
+                with replay.interruptible().body():
+                    value = work(session, *args, **kwargs)
                 session.flush()
                 result = codec.encode(what, value, driver.max_payload_bytes)
                 session.commit()

@@ -18,7 +18,7 @@ import click
 from alembic.util import CommandError
 from celery import Celery
 
-from celery_flows.store import FlowError, FlowStatus, InvalidData, StoreError, audit, schema
+from celery_flows.store import FlowError, FlowStatus, InvalidData, StoreError, audit, limits, schema
 from celery_flows.store.engines import make_engine
 from celery_flows.tasks import maintenance
 from celery_flows.tasks.errors import FlowFailed, UnknownFlow
@@ -206,16 +206,18 @@ def show(flows: Flows, flow_id: UUID, events: int, as_json: bool) -> None:
     found = flows.manager.get(flow_id)
     steps = flows.store.list_steps(flow_id)
     history = flows.store.list_events(flow_id, events)[::-1]
+    queued_at = flows.store.run(limits.queued_since, flow_id)
     if as_json:
         output.show_json(
             {
                 "flow": found.model_dump(mode="json"),
                 "steps": [step.model_dump(mode="json") for step in steps],
                 "events": [event.model_dump(mode="json") for event in history],
+                "queued_at": queued_at,
             }
         )
     else:
-        output.show_flow(found, steps, history)
+        output.show_flow(found, steps, history, queued_at)
 
 
 @flow.command()

@@ -19,18 +19,20 @@ from sqlalchemy.orm import Session
 from celery_flows.store import Flow, FlowManager, FlowStatus, InvalidData, SqlFlowStore
 from celery_flows.store import operations as op
 from celery_flows.store.clock import as_utc
+from celery_flows.store.schedules import Overlap
 from celery_flows.store.validation import check_name, check_text
 from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.celery_tasks import register
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.limit import Limit
 from celery_flows.tasks.mirror import Mirror, MirrorRule, flow_id_of_root
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.retry import Retry
 from celery_flows.tasks.run import Run
 from celery_flows.tasks.run_async import AsyncRun
 from celery_flows.tasks.runtime import Runtime
-from celery_flows.tasks.schedule import CatchUp, Overlap, parse_schedule
+from celery_flows.tasks.schedule import CatchUp, parse_schedule
 from celery_flows.tasks.settings import FlowSettings
 from celery_flows.tasks.waiting import register_waiting_flows
 from celery_flows.worker.lifecycle import install
@@ -108,6 +110,7 @@ class Flows:
         retry: Retry | None = None,
         timeout: timedelta | None = None,
         priority: int | None = None,
+        limit: Limit | None = None,
         schedule: crontab | timedelta | float | None = None,
         catch_up: CatchUp = "last",
         overlap: Overlap = "allow",
@@ -122,12 +125,16 @@ class Flows:
             timeout: how long after its start a flow has to end; past that it is told (:class:`FlowTimedOut`), and
                 fails.
             priority: of its messages, 0 to 255, as your broker has it.
+            limit: how many of them may be at work, or begin within some time (:class:`Limit`); the others queue, by
+                priority and then by age.
             schedule: have beat start it: a Celery crontab, by the clock of the app's time zone, or an interval as
                 timedelta or seconds. One flow for each slot, however many beats there are. Its input, if it takes any,
                 is the slot's time.
             catch_up: what becomes of slots at which nobody looked: the last one is made up for, or all (at most 100),
                 or none.
-            overlap: "skip" leaves a slot out if the flow of the one before is still open.
+            overlap: what becomes of a slot while the flow of the one before is still open: "allow" starts its flow all
+                the same, "skip" leaves it out, "wait" starts it when that one has ended: the last of those that waited,
+                or all, by ``catch_up``.
 
         Raises:
             InvalidData: name and version are taken, the function takes more than the run and one input, is async and
@@ -136,7 +143,7 @@ class Flows:
         by = None if schedule is None else parse_schedule(name, schedule, catch_up, overlap)
         define = partial(
             FlowDefinition, self.runtime, name, queue=queue, version=version, retry=retry, timeout=timeout,
-            priority=priority, schedule=by,
+            priority=priority, schedule=by, limit=limit,
         )  # fmt: skip
         return _Define(define, self.runtime)
 

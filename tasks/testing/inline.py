@@ -19,6 +19,7 @@ from celery_flows.tasks.awaited import EVENT, TIMER
 from celery_flows.tasks.call import call_flow
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import HistoryMismatch
+from celery_flows.tasks.interrupts import IN_PEACE, Interruptible
 from celery_flows.tasks.loop import Loop, call
 from celery_flows.tasks.payloads import describe, result_codec
 from celery_flows.tasks.registry import FlowDefinition, Registry
@@ -109,6 +110,7 @@ class InlineDriver(Driver):
         self._kept: dict[str, FlowStep] = {}
         self._now = datetime.now(UTC)
         self.loop = Loop()
+        self.lineage = (definition.name,)  # Python's own limit of recursion comes before ours
 
     def play(self) -> Any:
         """Runs the function until it does not ask for more."""
@@ -158,6 +160,10 @@ class InlineDriver(Driver):
 
     def cancel_idle_members(self) -> None:
         """They are closed."""
+
+    def interruptible(self) -> Interruptible:
+        """Nobody interrupts."""
+        return IN_PEACE
 
     def interrupt(self, error: BaseException) -> None:
         """It ends the test."""
@@ -249,7 +255,7 @@ class InlineDriver(Driver):
         else:
             called = json.loads(member.args)
             args, kwargs = called["args"], called["kwargs"]
-        value = call(self.loop, work, args, kwargs, None)
+        value = call(self.loop, work, args, kwargs, None, IN_PEACE)
         return result_codec(work).encode(f"result of step {member.task}", value, self.max_payload_bytes)
 
     def _result(self, member: Member) -> str:
@@ -264,7 +270,7 @@ class InlineDriver(Driver):
         if task is None:
             raise Refused(Stuck(f"the app has no task {member.task!r}: give run_inline a function for it, steps={{…}}"))
         called = json.loads(member.args)
-        value = call(self.loop, task, called["args"], called["kwargs"], None)
+        value = call(self.loop, task, called["args"], called["kwargs"], None, IN_PEACE)
         return result_codec(task.run).encode(what, value, self.max_payload_bytes)
 
 

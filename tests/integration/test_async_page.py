@@ -1,4 +1,4 @@
-"""docs/async.md does what it says: its agent asks a server that answers only when all ask at once."""
+"""docs/guide/async.md does what it says: its agent asks a server that answers only when all ask at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.bench import Bench
 
-PAGE = Path(__file__).parents[2] / "docs" / "async.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "async.md"
 PARTS = [f"part-{number}" for number in range(12)]
 
 

@@ -1,4 +1,4 @@
-"""docs/going-back.md does what it says: its code is run from top to bottom, as one program."""
+"""docs/guide/going-back.md does what it says: its code is run from top to bottom, as one program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from celery_flows import FlowFailed
 from tests.support.bench import Bench
 
-PAGE = Path(__file__).parents[2] / "docs" / "going-back.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "going-back.md"
 
 
 def test_the_page_from_top_to_bottom(bench: Bench) -> None:

@@ -11,11 +11,31 @@ from uuid import UUID
 
 from celery import Celery, Signature
 
-from celery_flows import AsyncRun, Event, FlowCancelled, Flows, FlowTimedOut, Retry, Run, StepFailed, WaitTimedOut
+from celery_flows import (
+    AsyncRun,
+    Event,
+    FlowCancelled,
+    Flows,
+    FlowTimedOut,
+    Limit,
+    Retry,
+    Run,
+    StepFailed,
+    WaitTimedOut,
+)
 from celery_flows.store import dispatch
+from celery_flows.tasks.interrupts import Interrupted
 from celery_flows.tasks.replay import run_id_of
 from tests.simulation.invariants import Observer
-from tests.simulation.world import Crash, SimulatedPublisher, SimulatedStopping, Violation, World, make_store
+from tests.simulation.world import (
+    Crash,
+    SimulatedInterrupts,
+    SimulatedPublisher,
+    SimulatedStopping,
+    Violation,
+    World,
+    make_store,
+)
 
 MAX_CRASHES = 4
 
@@ -30,6 +50,7 @@ app.conf.update(
 flows = Flows(app, store=store)
 flows.runtime.__dict__["publisher"] = SimulatedPublisher()
 flows.runtime.stopping = SimulatedStopping()  # type: ignore[assignment]
+flows.runtime.interrupts = SimulatedInterrupts()  # type: ignore[assignment]
 
 RETRY_SECONDS = 20
 
@@ -37,8 +58,12 @@ RETRY_SECONDS = 20
 def effect(flow_id: str, name: str, *, cleanup: bool = False, run_id: str | None = None) -> str:
     """A step's body: begins, may be interrupted, has its effect."""
     world = World.current
-    observer.begin_step(world.me(), flow_id, run_id or run_id_of(UUID(flow_id), name, 1), cleanup=cleanup)
-    world.stop_here(f"in {name}")
+    actor = world.me()
+    observer.begin_step(actor, flow_id, run_id or run_id_of(UUID(flow_id), name, 1), cleanup=cleanup)
+    for _ in range(world.stops_in_a_body):
+        world.stop_here(f"in {name}")
+        if actor is not None and actor.in_body is not None and actor.interrupted:
+            raise Interrupted
     world.effects.append((flow_id, name))
     return name
 
@@ -426,3 +451,46 @@ async def side_by_side_retried(run: AsyncRun) -> int:
 @flows.flow("plain-beside")
 def beside_in_a_plain_flow(run: Run) -> int:
     return len(run.gather(all_beside(run, 3))) + len(run.step(deaf, str(run.flow_id)))
+
+
+@flows.flow("limited", limit=Limit(2))
+def limited(run: Run) -> str:
+    """Works here, has a member, sleeps, and works again."""
+    run.step(one, str(run.flow_id))
+    run.step(member, str(run.flow_id), 1)
+    run.sleep(timedelta(seconds=20))
+    return run.step(two, str(run.flow_id))
+
+
+@flows.flow("limited-tree", limit=Limit(1))
+def limited_tree(run: Run, depth: int) -> int:
+    """Runs flows of its own limit as steps, beside a member, and takes a member's place of its own after that."""
+    run.step(one, str(run.flow_id))
+    if not depth:
+        return 1
+    leaves = run.gather([member.s(str(run.flow_id), 1), limited_tree.s(depth - 1), limited_tree.s(depth - 1)])
+    return int(sum(leaves)) + int(run.step(member, str(run.flow_id), 0))
+
+
+@flows.flow("limited-starts", limit=Limit(2, every=timedelta(seconds=45), at_once=1))
+def limited_starts(run: Run) -> str:
+    run.step(one, str(run.flow_id))
+    run.sleep(timedelta(seconds=5))
+    return run.step(two, str(run.flow_id))
+
+
+@flows.flow("limited-deadline", limit=Limit(1), timeout=timedelta(seconds=60))
+def limited_deadline(run: Run) -> str:
+    """May be past its deadline while it queues."""
+    try:
+        run.step(one, str(run.flow_id))
+        run.step(member, str(run.flow_id), 1)
+        return run.step(two, str(run.flow_id))
+    except FlowTimedOut:
+        run.step(undo, str(run.flow_id))
+        raise
+
+
+observer.bounds = {
+    definition.name: definition.limit.bounds for definition in flows.runtime.registry if definition.limit is not None
+}

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from celery_flows.store import dispatch, inbox, sqlite
+from celery_flows.store import dispatch, inbox, limits, sqlite
 from celery_flows.store import operations as op
+from celery_flows.store.limits import Bounds
 from celery_flows.tasks import drive as drive_module
 from celery_flows.tasks import driver as driver_module
 from celery_flows.tasks import emit as emit_module
@@ -175,7 +176,15 @@ MUTANTS = [
     # Workers that stop
     Mutant("a worker that is to stop goes on", Driver, "_hand_over_to_another_worker", nothing, ("inline",)),
     Mutant("a hand-back counts as a crash", dispatch, "hand_back_all", p.count_as_crash, ("inline", *GATHERS)),
+    # Interrupts
+    Mutant("an interrupted step takes the interrupt's word", dispatch, "list_to_stop", p.stop_everything,
+           ("interrupt gather by mistake",)),
     Mutant("a hand-back leaves the row at rest", dispatch, "hand_back", then(p.rest_handed_back), ("inline",)),
+    # Limits
+    Mutant("slots are not counted", limits, "_count", p.zero, ("limited", "limited starts")),
+    Mutant("starts are not counted", Bounds, "recent", p.no_starts, ("limited starts",)),
+    Mutant("a parent keeps its slot while its children wait for one", Driver, "keeps_slot", p.yes, ("limited tree",)),
+    Mutant("no sweep looks at limits", maintenance, "give_due", p.zero, ("end the holder by hand",)),
 ]  # fmt: skip
 
 

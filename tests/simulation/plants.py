@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -13,6 +14,7 @@ from sqlalchemy import Connection
 from celery_flows.store import LeaseLost, dispatch, sqlite
 from celery_flows.store import operations as op
 from celery_flows.store.changes import Change, Completion, Park, Wake
+from celery_flows.store.dispatch import Held
 from celery_flows.store.models import FlowStep, new_id
 from celery_flows.store.tables import flow_dispatch, flow_inbox, flow_steps, flows
 from celery_flows.tasks.driver import Driver
@@ -25,6 +27,16 @@ Plant = Callable[[Any], Any]
 def nothing(original: Any) -> Any:
     """Does not do it."""
     return lambda *args, **kwargs: None
+
+
+def yes(original: Any) -> Any:
+    """Says so, whatever it is."""
+    return lambda *args, **kwargs: True
+
+
+def no_starts(original: Any) -> Any:
+    """Forgets when flows began."""
+    return lambda *args: []
 
 
 def none_found(original: Any) -> Any:
@@ -174,6 +186,11 @@ def of_everybody(original: Any) -> Any:
         return conn.execute(sa.update(flow_dispatch).where(_d.worker.isnot(None)).values(values)).rowcount
 
     return mutated
+
+
+def stop_everything(original: Any) -> Any:
+    """Every row is to be stopped, whether or not its flow is to end."""
+    return like(original, lambda conn, workers: [Held("", UUID(int=0), "step", worker) for worker in workers])
 
 
 def as_the_row_says(conn: Connection, what: Completion) -> Completion:

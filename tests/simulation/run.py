@@ -15,7 +15,7 @@ import uuid_utils.compat
 from celery_flows import FlowHandle
 from celery_flows.store import audit, dispatch
 from celery_flows.store.dispatch import Hint
-from celery_flows.store.tables import flow_dispatch
+from celery_flows.store.tables import flow_dispatch, flow_limits
 from celery_flows.tasks import claimed, lease, maintenance
 from celery_flows.tasks import drive as drive_module
 from celery_flows.tasks import runtime as runtime_module
@@ -226,6 +226,8 @@ class Run:
     def _pass_to_next(self) -> None:
         with store.engine.connect() as connection:
             due = connection.scalar(sa.select(sa.func.min(flow_dispatch.c.due_at)))
+            if due is None:  # or each round would be one of a limit's polls
+                due = connection.scalar(sa.select(sa.func.min(flow_limits.c.due_at)))
         seconds = 1.0 if due is None else max(1.0, (due - self.world.clock).total_seconds())
         pass_time(seconds)
 

@@ -46,6 +46,8 @@ class Actor:
     begun_stopping: int = 0  # steps it has begun since
     running_beside: int = 0  # members of a gather whose bodies are running in this actor's loop
     token: str = ""
+    in_body: str | None = None  # the claim whose step's body it runs, if that can be interrupted
+    interrupted: bool = False  # that body is to be left
     claims: dict[str, int] = field(default_factory=dict)  # run id → fence, as this actor claimed it
     looked: dict[str, int] = field(default_factory=dict)  # event key → the inbox's last position at its last look
     at: str = "begin"
@@ -112,6 +114,7 @@ class World:
         self.not_before: dict[str, datetime] = {}  # run id → when its next attempt may begin
         self.at_stop: dict[str, Callable[[], object]] = {}  # what comes up when an actor first stops there
         self.troubles: dict[str, int] = {}  # of the database: how many are left; none once it is quiet
+        self.stops_in_a_body = 1
         World.current = self
 
     # ---- actors ----
@@ -195,6 +198,22 @@ class SimulatedStopping:
     def is_set(self) -> bool:
         actor = World.current.me()
         return actor is not None and actor.stopping
+
+
+class SimulatedInterrupts:
+    """Which actors are in the midst of a body that can be interrupted."""
+
+    @contextmanager
+    def body(self, worker: str) -> Iterator[None]:
+        actor = World.current.me()
+        if actor is None:
+            yield
+            return
+        actor.in_body, actor.interrupted = worker, False
+        try:
+            yield
+        finally:
+            actor.in_body = None
 
 
 class SimulatedStore(SqlFlowStore):

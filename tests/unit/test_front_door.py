@@ -41,6 +41,7 @@ PUBLIC = [
     "IllegalTransition",
     "InvalidData",
     "KeyConflict",
+    "Limit",
     "Permanent",
     "ResultTimedOut",
     "Retry",
