@@ -17,6 +17,7 @@ from sqlalchemy.pool import NullPool
 
 from celery_flows import FlowCancelled, FlowHandle, FlowStepStatus, Run, StepFailed
 from celery_flows.store import Flow, FlowManager, SqlFlowStore, audit
+from celery_flows.store import operations as op
 from celery_flows.store.audit import Finding
 from celery_flows.store.fold import FLOW_FIELDS, STEP_FIELDS, Fold, differing
 from celery_flows.store.tables import flow_dispatch, flow_events, flow_steps, flows

@@ -170,7 +170,7 @@ def test_what_is_no_schedule_is_refused(every: Any) -> None:
 
 
 def test_slots_that_wait_are_made_up_for() -> None:
-    with pytest.raises(InvalidData, match="flow nightly: has slots that wait, .* must be last or all"):
+    with pytest.raises(InvalidData, match=r"flow nightly: has slots that wait, .* must be last or all"):
         made(60, "none", "wait")
 
 
