@@ -61,7 +61,8 @@ def test_a_crash_counts_nothing_twice(
     flow_crash.at("count", when="after")
     flow_crash.at("tell", when="during")
     pass_hours(flow_app, definition, 4)
-    assert len(counted(world)) == len(set(counted(world)))
+    begun = [what for what in world.asked if what.startswith("count ")]
+    assert len(begun) == len(set(begun))
     assert world.asked.count("count 00:00") == 1
     assert world.asked.count("counted 00:00") == 2
     assert world.done.count("counted 00:00") == 1

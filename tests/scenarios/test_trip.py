@@ -6,7 +6,7 @@ import pytest
 
 from celery_flows import FlowFailed
 from celery_flows.tasks.testing.crash import When
-from celery_flows.testing import FlowApp, FlowCrash
+from celery_flows.testing import FlowApp, FlowCrash, history
 from tests.scenarios.outside import Outside
 from tests.scenarios.trip import book_trip
 
@@ -21,9 +21,12 @@ def test_all_is_booked(flow_app: FlowApp, world: Outside) -> None:
 
 def test_a_failure_undoes_in_reverse(flow_app: FlowApp, world: Outside) -> None:
     world.refuse("book flight")
+    handle = book_trip.start(TRIP)
     with pytest.raises(FlowFailed) as failed:
-        book_trip.start(TRIP).result()
+        handle.result()
     assert failed.value.undo_failed == ()
+    undone = [f"step_succeeded cancel {part}" for part in reversed(TRIP)]
+    assert [line for line in history(handle) if "succeeded cancel" in line] == undone
     assert world.done == ["book car", "book hotel", "cancel flight", "cancel hotel", "cancel car"]
 
 

@@ -14,9 +14,8 @@ from tests.support.shop import BROKER, DATABASE, QUEUE, READY, SHORT, tell_ready
 SCENARIO = "SCENARIO"  # the module's name, in the environment
 
 
-def open_scenario(environment: Mapping[str, str]) -> Celery:
-    """The app of the scenario that this environment names, on its servers."""
-    app: Celery = import_module(f"tests.scenarios.{environment[SCENARIO]}").app
+def configure(app: Celery, environment: Mapping[str, str]) -> None:
+    """Puts the app on the servers of this environment."""
     app.conf.update(SHORT)
     app.conf.update(
         broker_url=environment[BROKER],
@@ -25,9 +24,9 @@ def open_scenario(environment: Mapping[str, str]) -> Celery:
         worker_prefetch_multiplier=1,
         broker_connection_retry_on_startup=True,
     )
-    return app
 
 
 if SCENARIO in os.environ:
-    app = open_scenario(os.environ)
+    app: Celery = import_module(f"tests.scenarios.{os.environ[SCENARIO]}").app
+    configure(app, os.environ)
     tell_ready(Path(os.environ[READY]))
