@@ -21,8 +21,8 @@ def servers(app: Celery) -> Iterator[Processes]:
     for as long as the block runs."""
     with tempfile.TemporaryDirectory(prefix="celery-flows-") as scratch, Processes(Path(scratch)) as processes:
         store = os.environ.setdefault("FLOW_STORE_URL", f"sqlite:///{processes.directory / 'flows.db'}")
-        os.environ["CELERY_BROKER_URL"] = start_broker(processes)
-        app.conf.update(broker_url=os.environ["CELERY_BROKER_URL"])
+        broker = os.environ["CELERY_BROKER_URL"] = start_broker(processes)
+        app.conf.update(broker_url=broker)
         SqlFlowStore.open(store).close()
         yield processes
 

@@ -1,13 +1,14 @@
 """The Celery app and its flow. The model is a plain function: put a call of yours in its place, and nothing else
 changes.
 
-What the model said is recorded like any step. A crash in the middle of a long conversation therefore asks it nothing
-twice, and costs no tokens."""
+What the model said is recorded like any step, so a crash in the middle of a long conversation asks it nothing again
+that it has answered.
+"""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 from celery import Celery
 from pydantic import BaseModel
@@ -51,7 +52,7 @@ class Call(BaseModel):
 
 @step(retry=Retry(max_attempts=5), timeout=timedelta(minutes=2))
 def ask_model(messages: list[Message]) -> Call:
-    """Stands for a language model: counts the files, deletes them one by one, and is done."""
+    """Stands for a language model: lists the files, deletes them one by one, and is done."""
     told = [message.text for message in messages if message.by == "tool"]
     if not told:
         return Call(tool="list_files", text="/tmp/old")
@@ -71,7 +72,7 @@ def delete_file(name: str) -> str:
     return f"deleted {name}"
 
 
-TOOLS = {"list_files": list_files, "delete_file": delete_file}
+TOOLS: dict[str, Any] = {"list_files": list_files, "delete_file": delete_file}
 DANGEROUS = {"delete_file"}
 
 
@@ -81,7 +82,7 @@ DANGEROUS = {"delete_file"}
 @flows.flow("agents/converse")
 def converse(run: Run, conversation: Conversation) -> str:
     """Ends with the model's last word."""
-    for _ in range(TURNS_A_LIFE):
+    while True:
         call = run.step(ask_model, conversation.messages)
         if call.tool is None:
             return call.text
@@ -90,7 +91,8 @@ def converse(run: Run, conversation: Conversation) -> str:
         run.update(turn=conversation.turn, calls=f"{call.tool} {call.text}")
         said = Message(by="model", text=f"{call.tool}({call.text})")
         conversation = conversation.and_then(said, Message(by="tool", text=_outcome(run, call, conversation.turn)))
-    return run.restart_as(conversation)
+        if conversation.turn % TURNS_A_LIFE == 0:
+            run.restart_as(conversation)
 
 
 def _outcome(run: Run, call: Call, turn: int) -> str:
@@ -107,11 +109,12 @@ def _outcome(run: Run, call: Call, turn: int) -> str:
 
 
 def _refusal(run: Run, name: str) -> str:
+    """Why a person does not want it done; empty: it may be done."""
     run.update(asks=name)
     try:
         decision = run.approval(name, timeout=timedelta(days=1))
+        refusal = "" if decision.granted else f"{decision.by} does not allow"
     except WaitTimedOut:
-        return "nobody allowed"
-    finally:
-        run.update(asks=None)
-    return "" if decision.granted else f"{decision.by} does not allow"
+        refusal = "nobody allowed"
+    run.update(asks=None)
+    return refusal

@@ -18,7 +18,8 @@ SECONDS = 60.0
 
 def main() -> None:
     with servers(app) as processes:
-        app.conf.update(result_backend=os.environ.setdefault("CELERY_RESULT_BACKEND", app.conf.broker_url))
+        results = os.environ.setdefault("CELERY_RESULT_BACKEND", os.environ["CELERY_BROKER_URL"])
+        app.conf.update(result_backend=results)
         result, flow = flows.mirror(count_all(TEXTS), goal="how many words are these?").apply_async()
         show(flow)
         start_worker(processes, "examples.mirror_a_chord.app")

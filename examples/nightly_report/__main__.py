@@ -23,12 +23,10 @@ def main() -> None:
         def ended() -> list[Flow]:
             return flows.store.list_by_status(FlowStatus.FINISHED)
 
-        await_fact(lambda: len(ended()) >= NIGHTS, processes.children["worker"], processes.log_of("worker"))
+        await_fact(lambda: len(ended()) >= NIGHTS, processes.children["worker"], processes.log_of("worker"), 60)
         reports = sorted(ended(), key=lambda flow: str(flow.idempotency_key))[:NIGHTS]
         for report in reports:
-            print(report.result_json)
-        keys = {report.idempotency_key for report in reports}
-        print(f"{len(keys)} slots, {len(reports)} flows")
+            print(f"{report.idempotency_key}: {report.result_json}")
 
 
 if __name__ == "__main__":
