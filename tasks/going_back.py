@@ -92,10 +92,8 @@ def _begin(
         deadline_at=None if definition.timeout is None else store.run(op.now) + definition.timeout,
         forked_from=old.id,
     )
-    drive = Drive(
-        definition.name, definition.queue, definition.priority, runtime.first_pause,
-        limit_key=definition.limit_key(old.input_json),
-    )  # fmt: skip
+    limit_key = definition.limit_key(flow.input_json)
+    drive = Drive(definition.name, definition.queue, definition.priority, runtime.first_pause, limit_key=limit_key)
     call = Call(taking_over.create_taking_over, (flow, drive, taken_over(origin, steps, flow.id, state)))
     store.attempt(call, settled=Call(op.find_created, (flow,)))
     hint = Hint(str(flow.id), flow.id, "drive", drive.task, drive.queue, drive.priority)
