@@ -44,12 +44,14 @@ from celery_flows.tasks.options import step
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.retry import Permanent, Retry
 from celery_flows.tasks.run import Run
+from celery_flows.tasks.run_async import AsyncRun
 from celery_flows.tasks.settings import FlowSettings
 from celery_flows.worker.flows import Flows
 
 __all__ = [
     "AlreadyTerminal",
     "Approval",
+    "AsyncRun",
     "CancelPending",
     "Decision",
     "DuplicateFlow",

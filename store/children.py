@@ -75,6 +75,17 @@ def list_unasked(conn: Connection, parent_id: UUID) -> list[UUID]:
     return list(conn.scalars(mine.where(flows.c.cancel_requested.is_(False)).order_by(flows.c.id)))
 
 
+@reads
+def lineage(conn: Connection, flow_id: UUID, most: int) -> tuple[str, ...]:
+    """The names of the definitions of a flow and of those that it is a child of, the outermost first and its own last;
+    of so many at most."""
+    own = sa.select(flows.c.controller_id, flows.c.parent_flow_id, sa.literal(1).label("level"))
+    chain = own.where(flows.c.id == flow_id).cte("chain", recursive=True)
+    parent = sa.select(flows.c.controller_id, flows.c.parent_flow_id, chain.c.level + 1)
+    chain = chain.union_all(parent.join(chain, flows.c.id == chain.c.parent_flow_id).where(chain.c.level < most))
+    return tuple(conn.scalars(sa.select(chain.c.controller_id).order_by(chain.c.level.desc())))
+
+
 def is_order(run_id: str) -> bool:
     """Whether this row is the order to cancel a child whose parent has ended."""
     return run_id.startswith(ORDER)

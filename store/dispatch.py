@@ -59,6 +59,16 @@ class StepClaim:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """A row that somebody holds."""
+
+    run_id: str
+    flow_id: UUID
+    kind: str
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class Standing:
     """Where a flow and its driver's row stand, read in one statement: revision and fence belong together."""
 
@@ -207,6 +217,18 @@ def renew(conn: Connection, workers: Sequence[str], lease_seconds: float) -> int
 def list_holders(conn: Connection, prefix: str) -> list[str]:
     """The tokens, as claims wrote them, that begin with ``prefix`` and hold rows."""
     return list(conn.scalars(sa.select(_d.worker).where(_d.worker.startswith(prefix, autoescape=True)).distinct()))
+
+
+@reads
+def list_to_stop(conn: Connection, workers: Sequence[str]) -> list[Held]:
+    """Of the rows that claims with these tokens hold, those whose flows are to end: cancel was requested, or their
+    deadline has passed."""
+    flow = flows.c
+    is_late = sa.and_(flow.deadline_at <= _in(conn, 0), flow.paused_at.is_(None))
+    held = sa.and_(_d.worker.isnot(None), _d.worker.in_(workers))  # IS NOT NULL for the index, which is partial
+    joined = sa.join(flow_dispatch, flows, flow.id == _d.flow_id)
+    asked = sa.select(_d.run_id, _d.flow_id, _d.kind, _d.worker).select_from(joined)
+    return [Held(*row) for row in conn.execute(asked.where(held, sa.or_(flow.cancel_requested, is_late)))]
 
 
 @writes

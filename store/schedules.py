@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -22,6 +22,8 @@ from celery_flows.store.operations import create_flow, find_by_key, get_flow, no
 from celery_flows.store.tables import flow_heartbeats
 
 _h = flow_heartbeats.c
+
+Overlap = Literal["allow", "skip", "wait"]  # what becomes of a slot while the flow of the one before is open
 
 Due = Callable[[datetime, datetime | None], Sequence[datetime]]  # of now, and the slot seen to last (None: never)
 
@@ -37,14 +39,15 @@ class Seen:
 
 @writes
 def start_due(
-    conn: Connection, name: str, due: Due, flow_at: Callable[[datetime], tuple[Flow, Drive]], *, skips: bool
+    conn: Connection, name: str, due: Due, flow_at: Callable[[datetime], tuple[Flow, Drive]], overlap: Overlap
 ) -> Seen:
     """Starts a flow for each slot that is due, all in one transaction.
 
     Args:
         due: says which slots are.
         flow_at: makes the flow of a slot, and its drive row.
-        skips: whether a slot is passed over while the flow of the last one is open.
+        overlap: while the flow of the last slot is open, a slot has one all the same, or is passed over, or waits: then
+            it and what comes after it is not seen to yet.
     """
     row = _row(conn, name, lock=False)
     if row is not None and not due(now(conn), _slot(row)):
@@ -53,8 +56,11 @@ def start_due(
     at = now(conn)
     slots, flow_id = due(at, _slot(row)), row.get("flow_id")
     seen = Seen()
-    for slot in slots:
-        if skips and _is_open(conn, flow_id):
+    for number, slot in enumerate(slots):
+        if overlap != "allow" and _is_open(conn, flow_id):
+            if overlap == "wait":
+                slots = slots[:number]
+                break
             seen.skipped.append(slot)
             continue
         flow, drive = flow_at(slot)
@@ -74,6 +80,12 @@ def start_due(
 def last_slot(conn: Connection, name: str) -> datetime | None:
     """The slot that was seen to last, or when somebody first looked at this schedule; None: nobody has."""
     return _slot(_row(conn, name, lock=False))
+
+
+@reads
+def is_held_up(conn: Connection, name: str) -> bool:
+    """Whether the flow of the slot that was seen to last is still open."""
+    return _is_open(conn, (_row(conn, name, lock=False) or {}).get("flow_id"))
 
 
 def _slot(row: Mapping[str, Any] | None) -> datetime | None:

@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID, uuid5
 
 from celery_flows.store import FlowNotFound, FlowStatus
@@ -18,7 +17,6 @@ from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.options import check_duration
 from celery_flows.tasks.payloads import ANY, Codec, codec_for
-from celery_flows.tasks.registry import FlowDefinition
 
 if TYPE_CHECKING:
     from celery_flows.tasks.driver import Driver
@@ -74,7 +72,7 @@ class Timer:
             check_duration("timer", self.until)
 
 
-Awaited = Event | Decision | Timer
+Awaited: TypeAlias = Event | Decision | Timer
 
 
 def awaited_name(awaited: Awaited) -> str:
@@ -108,23 +106,6 @@ def awaiting(driver: Driver, awaited: Awaited) -> ChildFlow[Any]:
     return ChildFlow(registry.require(EVENT), {"topic": topic, "correlation_id": correlation_id})
 
 
-def register_awaited(runtime: Runtime) -> None:
-    """Adds the definitions of the flows that wait."""
-
-    def event(run: Any, wanted: dict[str, str]) -> Any:
-        payload = run.wait_for(wanted["topic"], wanted["correlation_id"])
-        # Cancelled with an event in its hands, for another was first: somebody else may wait for this one.
-        give = partial(_give_back, runtime, run.flow_id, wanted, payload)
-        run.options(name="give_back").on_failure(give)
-        return payload
-
-    def timer(run: Any, at: datetime) -> None:
-        run.sleep_until(at)
-
-    runtime.registry.add(FlowDefinition(runtime, EVENT, event))
-    runtime.registry.add(FlowDefinition(runtime, TIMER, timer))
-
-
 def give_back(runtime: Runtime, flow_ids: Iterable[UUID]) -> None:
     """Emits anew the events that these flows have waited for, and got, in vain; the same again changes nothing. Flows
     that are yet to be cancelled do so themselves."""
@@ -134,8 +115,9 @@ def give_back(runtime: Runtime, flow_ids: Iterable[UUID]) -> None:
         except FlowNotFound:
             continue
         if flow.controller_id == EVENT and flow.status is FlowStatus.FINISHED:
-            _give_back(runtime, flow_id, flow.input_json, flow.result_json)
+            emit_again(runtime, flow_id, flow.input_json, flow.result_json)
 
 
-def _give_back(runtime: Runtime, flow_id: UUID, wanted: dict[str, str], payload: Any) -> None:
+def emit_again(runtime: Runtime, flow_id: UUID, wanted: dict[str, str], payload: Any) -> None:
+    """Emits the event that this flow got; once, however often it is called."""
     emit(runtime, wanted["topic"], wanted["correlation_id"], payload, None, event_id=uuid5(flow_id, "given back"))

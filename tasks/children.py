@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 
-from celery_flows.store import AlreadyTerminal, Flow, FlowError, FlowNotFound, children
+from celery_flows.store import AlreadyTerminal, Flow, FlowError, FlowNotFound, InvalidData, children
 from celery_flows.store.changes import Member
 from celery_flows.store.validation import check_name, encode_json
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("celery_flows.children")
 
 Out = TypeVar("Out")
+
+DEEPEST = 100  # flows one below the other: what goes deeper calls itself without end
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,17 @@ def child_member(
         place.run_id, name, place.position, args, queue, definition.priority, child=flow,
         limit_key=definition.limit_key(flow.input_json),
     )  # fmt: skip
+
+
+def check_depth(lineage: tuple[str, ...], name: str) -> None:
+    """Says nothing if the flow of this lineage, its own name last, may have a child of this name.
+
+    Raises:
+        InvalidData: it lies too deep; naming the end of the chain.
+    """
+    if len(lineage) >= DEEPEST:
+        chain = " > ".join((*lineage[-3:], name))
+        raise InvalidData(f"child flow {name}", f"lies more than {DEEPEST} flows deep (… > {chain}); end the recursion")
 
 
 def cancel_child(runtime: Runtime, flow_id: UUID) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any, NoReturn
 
 import sqlalchemy as sa
@@ -20,6 +21,7 @@ from celery_flows.store import (
     InvalidData,
     RevisionMismatch,
     StoreError,
+    children,
     dispatch,
     transitions,
 )
@@ -28,9 +30,11 @@ from celery_flows.store.changes import Change, Drive, End, Join, Member, Park, S
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.waits import ExternalEventWait, TimerWait, event_key, wait_json
+from celery_flows.tasks.children import DEEPEST
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import HistoryMismatch
 from celery_flows.tasks.inline import RETRY_AT
+from celery_flows.tasks.interrupts import Interruptible
 from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.replay import Place, Suspended
 from celery_flows.tasks.telling import Telling
@@ -65,6 +69,15 @@ class Driver(Telling):
         if days is not None and at > self.now() + timedelta(days=days):
             raise InvalidData("timer", f"is more than {days:g} days away (flow_timer_horizon_days)")
 
+    @cached_property
+    def lineage(self) -> tuple[str, ...]:
+        """The names of the flows that this one is a child of, the outermost first, and its own. Free for a flow that is
+        nobody's child."""
+        if self.flow.parent_flow_id is None:
+            return (self.flow.controller_id,)
+        with self.unwinding():
+            return self.runtime.store.run(children.lineage, self.flow.id, DEEPEST)
+
     def refuse_history(self, mismatch: HistoryMismatch) -> NoReturn:
         """The function here is not the one that this history was made by: the flow is left alone, and says why."""
         log.error("flow %s of %r is left alone: %s", self.flow.id, self.flow.controller_id, mismatch)
@@ -80,26 +93,51 @@ class Driver(Telling):
         """A step raised what ends its process, or was meant to: the claim is over, and ends with just that."""
         self.is_over, self.interruption = True, error
 
+    def interruptible(self) -> Interruptible:
+        """How cancel and deadline may interrupt the body of a step; see :meth:`look_for_cause`."""
+        assert self.holder.worker is not None
+        return Interruptible(self.runtime.interrupts, self.holder.worker)
+
+    def look_for_cause(self) -> None:
+        """After an interrupt: reads whether the flow is cancelled."""
+        with self.unwinding():
+            self.look_again()
+
     def retry(self, step: StepWrite, pause: float) -> None:
         """Writes that an attempt failed; the next may begin after ``pause`` seconds. Suspends until then, unless that
         is but a moment, which passes here."""
-        at = self.now() + timedelta(seconds=pause)
-        step = replace(step, error={**(step.error or {}), RETRY_AT: at.isoformat()})
         stays = pause <= MOMENT_SECONDS
-        with self.unwinding():
-            self.write(
-                lambda: ("step_retrying", {"current_step": step.task}), step=step, forgive=self.crashed,
-                drive=None if stays else Park(self.holder, self.claim.wakes, self.at_the_latest(at)),
-            )  # fmt: skip
+        self._write_retry(step, self.now() + timedelta(seconds=pause), parks=not stays)
         if not stays:
             self.is_over = True
             raise Suspended
         self.runtime.pause(pause)
 
+    def note_retry(self, step: StepWrite, pause: float) -> datetime:
+        """Writes that an attempt failed, and when the next may begin, which it gives; others of this flow go on."""
+        at = self.now() + timedelta(seconds=pause)
+        self._write_retry(step, at, parks=False)
+        return at
+
+    def _write_retry(self, step: StepWrite, at: datetime, *, parks: bool) -> None:
+        step = replace(step, error={**(step.error or {}), RETRY_AT: at.isoformat()})
+        with self.unwinding():
+            self.write(
+                lambda: ("step_retrying", {"current_step": step.task}), step=step, forgive=self.crashed,
+                drive=Park(self.holder, self.claim.wakes, self.at_the_latest(at)) if parks else None,
+            )  # fmt: skip
+
     def wait_until(self, at: datetime) -> None:
         """Suspends until a time, if it has not come."""
         if self.now() < at:
-            self.park(at)
+            self.park(self.at_the_latest(at))
+
+    def pause_until(self, at: datetime) -> None:
+        """:meth:`wait_until`, but a moment passes here."""
+        seconds = (at - self.now()).total_seconds()
+        if seconds > MOMENT_SECONDS:
+            self.park(self.at_the_latest(at))
+        self.runtime.pause(max(0.0, seconds))
 
     def transact(self, write: Callable[[sa.Connection], StepWrite]) -> str:
         """Runs ``write`` in a transaction, which commits together with the step that it gives; its result as JSON text.
@@ -182,7 +220,7 @@ class Driver(Telling):
         Without new members the join that is waited for already is left as it is: its counters have moved meanwhile.
         """
         if not members:
-            self.park(None, keeps_slot=self.keeps_slot())
+            self.park(self.at_the_latest(None), keeps_slot=self.keeps_slot())
         keeps_slot = self.keeps_slot(members)
         pause = self.runtime.first_pause + 0.005 * len(members)  # publishing many takes a while itself
         with self.unwinding():
@@ -236,7 +274,7 @@ class Driver(Telling):
                     break
                 if self._take_timeout(step):
                     return stored.but(status=FlowStepStatus.FAILED, error_json={"type": WAIT_TIMED_OUT, "message": ""})
-        return self.park(wait.timeout_at)
+        return self.park(self.at_the_latest(wait.timeout_at))
 
     def _take_timeout(self, step: StepWrite) -> bool:
         """Closes the wait as timed out; False: the event came first."""

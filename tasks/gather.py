@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeGuard, TypeVar
 from uuid import UUID
 
 from celery import Signature, Task
@@ -12,15 +12,16 @@ from celery import Signature, Task
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.changes import Join, Member, StepWrite
 from celery_flows.tasks.awaited import Awaited, Decision, Event, awaiting, give_back
-from celery_flows.tasks.children import ChildFlow, child_member
+from celery_flows.tasks.children import ChildFlow, check_depth, child_member
 from celery_flows.tasks.errors import FlowCancelled, StepFailed
-from celery_flows.tasks.inline import run_inline
+from celery_flows.tasks.inline import InlineStep
 from celery_flows.tasks.members import Remote, codec_of, member_name, member_of
 from celery_flows.tasks.options import StepOptions, options_of
 from celery_flows.tasks.payloads import Codec
 from celery_flows.tasks.replay import Place, Replay
+from celery_flows.tasks.side_by_side import SideBySide
 
-Work = Remote | Callable[[], Any]
+Work: TypeAlias = Remote | Callable[[], Any]
 
 T = TypeVar("T")
 
@@ -52,6 +53,11 @@ class Gather:
         self.check(works, options)
         self._places = [self._place(work) for work in works]
         self._remote = [n for n, work in enumerate(works) if is_remote(work)]
+        self._local = {
+            n: InlineStep(replay, options, work, (), {})
+            for n, work in enumerate(works)
+            if not isinstance(work, Signature | ChildFlow | Awaited)
+        }  # their places, too, are taken before any of them begins: which comes first must not depend on time
 
     @staticmethod
     def check(works: Sequence[Work], options: StepOptions) -> None:
@@ -68,7 +74,7 @@ class Gather:
             raise InvalidData("step name", "is of plain functions: Celery steps and child flows have theirs")
 
     def _place(self, work: Work) -> Place | None:
-        """Where a member stands that runs elsewhere; a plain function finds its own place."""
+        """Where a member stands that runs elsewhere; one that runs here finds its own place."""
         if not is_remote(work):
             return None
         return self._replay.place(member_name(work), self._options.key)
@@ -79,7 +85,7 @@ class Gather:
         Raises:
             StepFailed: the first of them, in order, that failed for good, unless failures are collected.
         """
-        inline = {n: self._inline(work) for n, work in enumerate(self._works) if not is_remote(work)}
+        inline = self._inline()
         known = self._known()
         has_failed = any(step is not None and step.status is FlowStepStatus.FAILED for step in known.values())
         if has_failed and not self._how.collects_failures:
@@ -140,9 +146,16 @@ class Gather:
     def _known(self) -> dict[int, FlowStep | None]:
         return {n: self._replay.find(place) for n in self._remote if (place := self._places[n]) is not None}
 
-    def _inline(self, work: Any) -> Any:
+    def _inline(self) -> dict[int, Any]:
+        """The results of members that run here: plain functions one after the other, then async ones side by side."""
+        plain = {n: self._plain(step) for n, step in self._local.items() if not step.is_async}
+        beside = {n: step for n, step in self._local.items() if step.is_async}
+        collects = self._how.collects_failures
+        return plain | SideBySide(self._replay, beside, self._how.at_once, collects_failures=collects).results()
+
+    def _plain(self, step: InlineStep) -> Any:
         try:
-            return run_inline(self._replay, self._options, work, (), {})
+            return step.result()
         except StepFailed as failed:
             if not self._how.collects_failures:
                 raise
@@ -207,12 +220,16 @@ class Gather:
         if isinstance(work, ChildFlow):
             if self._options.retry is not None:
                 raise InvalidData("step retry", "is not of child flows: their own steps are tried again")
+            check_depth(self._driver.lineage, work.definition.name)
             timeout = self._options.timeout or work.definition.timeout
             deadline = None if timeout is None else self._driver.now() + timeout
             return child_member(self._driver.flow, place, work, deadline, cleanup=cleanup)
         assert isinstance(work, Signature)
         options = self._options.over(options_of(_function(self._driver.app, work))).over(self._driver.defaults)
-        return member_of(self._driver.app, place, work, options, self._driver.max_payload_bytes, cleanup=cleanup)
+        return member_of(
+            self._driver.app, place, work, options, self._driver.max_payload_bytes, cleanup=cleanup,
+            undoing=self._replay.undoing,
+        )  # fmt: skip
 
 
 def is_remote(work: Work) -> TypeGuard[Remote]:

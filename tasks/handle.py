@@ -130,7 +130,8 @@ class FlowHandle(Generic[Out]):
 
     def approve(self, name: str, *, by: str, comment: str = "", session: Transaction | None = None) -> None:
         """Grants what the flow asks for by ``run.approval(name)``, or will ask for: an approval that comes early is
-        kept. With ``session`` it is part of your transaction.
+        kept, and each answers one question: a second one the next of this name. With ``session`` it is part of your
+        transaction.
 
         Raises:
             InvalidData: a name is empty or too long.

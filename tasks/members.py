@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 from celery import Celery, Signature
 
@@ -24,7 +24,7 @@ LIMITS = ("time_limit", "soft_time_limit")
 GRACE_SECONDS = 5.0  # for a step to end after its timeout
 
 
-Remote = Signature[Any] | ChildFlow[Any] | Awaited  # what runs, or is waited for, elsewhere
+Remote: TypeAlias = Signature[Any] | ChildFlow[Any] | Awaited  # what runs, or is waited for, elsewhere
 
 
 def task_name(signature: Any) -> str:
@@ -41,11 +41,19 @@ def task_name(signature: Any) -> str:
 
 
 def member_of(
-    app: Celery, place: Place, signature: Signature[Any], given: StepOptions, limit: int, *, cleanup: bool = False
+    app: Celery,
+    place: Place,
+    signature: Signature[Any],
+    given: StepOptions,
+    limit: int,
+    *,
+    cleanup: bool = False,
+    undoing: bool = False,
 ) -> Member:
     """The rows of a Celery step: queue, priority and time limits are the signature's, else the task's, else routed.
 
-    A ``cleanup`` step says so, for it is run although its flow is cancelled. Its retry and timeout go with it, for
+    A ``cleanup`` step says so, for it is run although its flow is cancelled; so does one that is ``undoing``, for it is
+    not interrupted once it has begun. Its retry and timeout go with it, for
     whoever runs it; should it not heed its timeout, its process is ended some seconds later, where the pool can.
 
     Raises:
@@ -77,6 +85,8 @@ def member_of(
     called: dict[str, Any] = {"args": list(args), "kwargs": kwargs}
     if cleanup:
         called["cleanup"] = True
+    if undoing:
+        called["undoing"] = True
     if given.retry is not None:
         called["retry"] = asdict(given.retry.rule())
     if seconds is not None:

@@ -9,6 +9,7 @@ from uuid import UUID, uuid5
 
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.tasks.errors import FlowCancelled, HistoryMismatch, failure_of
+from celery_flows.tasks.interrupts import IN_PEACE, Interruptible
 from celery_flows.tasks.payloads import Codec
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ class Replay:
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self.undos: list[Undo] = []
-        self.cleaning = False  # the flow was told that it is cancelled, or past its deadline; or it has failed
-        self._inside: str | None = None  # the step that is running now
+        self.undoing = False  # by itself, though it may go on
+        self._inside: list[str] = []  # the steps that are running now; several are members of one gather
+        self._is_taking = False  # a step of an async function
+        self.unwound_by: BaseException | None = None  # what went up an async function, or one of its tasks
         self._position = 0
         self._counts: dict[str, int] = {}
         self._reached: set[str] = set()
@@ -46,6 +49,11 @@ class Replay:
     @property
     def flow_id(self) -> UUID:
         return self.driver.flow.id
+
+    @property
+    def cleaning(self) -> bool:
+        """Whether the flow was told that it is cancelled, or past its deadline; or it has failed."""
+        return self.driver.is_cleaning
 
     # ---- identity ----
 
@@ -71,8 +79,31 @@ class Replay:
         Raises:
             InvalidData: a step is running.
         """
-        if self._inside is not None:
-            raise InvalidData(what, f"was taken inside step {self._inside}; steps do not nest")
+        if self._inside:
+            raise InvalidData(what, f"was taken inside step {self._inside[-1]}; steps do not nest")
+
+    @contextmanager
+    def taking(self, what: str) -> Iterator[None]:
+        """While an async function takes a step.
+
+        Raises:
+            InvalidData: it takes another.
+        """
+        self.refuse_beside(what)
+        self._is_taking = True
+        try:
+            yield
+        finally:
+            self._is_taking = False
+
+    def refuse_beside(self, what: str) -> None:
+        """Says nothing while no step is taken: which of two comes first would depend on how long they take.
+
+        Raises:
+            InvalidData: an async function takes one.
+        """
+        if self._is_taking:
+            raise InvalidData(what, "came before another step had ended; await each, or gather them")
 
     def count(self, name: str) -> int:
         """How often this name has come by now, from 1."""
@@ -104,9 +135,13 @@ class Replay:
         """Called before anything new happens, or a wait is taken up again: here a flow is told, once, that it is
         cancelled or past its deadline."""
         if not self.cleaning and (told := self.driver.to_be_told()) is not None:
-            self.cleaning = True
+            self.driver.is_cleaning = True
             raise told
         self.driver.check_stop()
+
+    def may_begin(self) -> bool:
+        """Whether :meth:`begin` would say nothing, and unwind nothing."""
+        return self.driver.may_go_on() and (self.cleaning or not self.driver.has_to_tell())
 
     def tell_once(self, go_on: Callable[[], T]) -> T:
         """Goes on; a cancel that comes in the moment before tells the flow too, so what follows is cleanup."""
@@ -114,7 +149,7 @@ class Replay:
             return go_on()
         except FlowCancelled:
             self.driver.settle_before_telling()
-            self.cleaning = True
+            self.driver.is_cleaning = True
             raise
 
     def refuse_in_cleanup(self, name: str) -> None:
@@ -130,11 +165,15 @@ class Replay:
     def inside(self, name: str) -> Iterator[None]:
         """While the step's own code runs."""
         self.driver.runtime.before_body(name)
-        self._inside = name
+        self._inside.append(name)
         try:
             yield
         finally:
-            self._inside = None
+            self._inside.remove(name)
+
+    def interruptible(self) -> Interruptible:
+        """How a step's own code may be interrupted: what cleans up or undoes is left in peace."""
+        return IN_PEACE if self.cleaning or self.undoing else self.driver.interruptible()
 
     def outcome(self, step: FlowStep | None, codec: Codec | None) -> Any:
         """What a closed step came to: its result, or what it raised.
@@ -147,7 +186,7 @@ class Replay:
             return step.result_json if codec is None else codec.decode(f"result of step {step.task}", step.result_json)
         if step.status is FlowStepStatus.CANCELLED:
             told = self.driver.to_be_told() or FlowCancelled(self.flow_id)
-            self.cleaning = True
+            self.driver.is_cleaning = True
             raise told
         raise failure_of(step.task, step.error_json)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, cast, overload
 from uuid import UUID, uuid5
@@ -68,7 +68,8 @@ class Run:
             name: what the step is called; a plain function's own name by default.
             retry: how often and when it is tried again.
             timeout: how long one attempt may take. Past it a plain function, and a Celery task under prefork and solo,
-                is interrupted and has failed with :class:`StepTimedOut`; in a thread it is judged when it ends.
+                is interrupted and has failed with :class:`StepTimedOut`; in a thread it is judged when it ends. An
+                async function is cancelled where it awaits, in a thread too.
             key: the step's identity, with its name, in place of how many of that name came before it.
 
         Raises:
@@ -79,12 +80,14 @@ class Run:
     @overload
     def step(self, work: Signature[T], /) -> T: ...
     @overload
+    def step(self, work: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    @overload
     def step(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
     def step(self, work: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Does a unit of work once and records its result; when replayed, reads it back.
 
-        A plain callable runs here. A Celery task or signature runs as a Celery task of its own, on its own queue, while
-        this worker does something else.
+        A function runs here; one that is async, in an event loop of this drive. A Celery task or signature runs as a
+        Celery task of its own, on its own queue, while this worker does something else.
 
         Raises:
             StepFailed: it failed for good, now or in the run that is replayed.
@@ -118,8 +121,23 @@ class Run:
 
     @overload
     def gather(
+        self,
+        members: Iterable[Signature[T] | ChildFlow[T] | Callable[[], Coroutine[Any, Any, T]]],
+        *,
+        limit: int | None = None,
+    ) -> list[T]: ...
+    @overload
+    def gather(
         self, members: Iterable[Signature[T] | ChildFlow[T] | Callable[[], T]], *, limit: int | None = None
     ) -> list[T]: ...
+    @overload
+    def gather(
+        self,
+        members: Iterable[Signature[T] | ChildFlow[T] | Callable[[], Coroutine[Any, Any, T]]],
+        *,
+        return_exceptions: Literal[True],
+        limit: int | None = None,
+    ) -> list[T | StepFailed]: ...
     @overload
     def gather(
         self,
@@ -135,14 +153,15 @@ class Run:
     def gather(
         self, members: Iterable[Work], *, return_exceptions: bool = False, limit: int | None = None
     ) -> list[Any]:
-        """Runs Celery signatures (``task.s(…)``), flows (``definition.s(input)``) and plain functions without arguments
+        """Runs Celery signatures (``task.s(…)``), flows (``definition.s(input)``) and functions without arguments
         (``partial(function, …)``), each a step, and gives their results in order.
 
-        Signatures and flows run side by side; plain functions run here, one after the other, before them.
+        Signatures and flows run side by side. Functions run here, before them: plain ones one after the other, then
+        async ones side by side.
 
         Args:
             return_exceptions: waits for all, and gives a :class:`StepFailed` in place of a result that there is not.
-            limit: how many signatures and flows may be out at once.
+            limit: how many signatures and flows may be out at once, and how many async functions may run.
 
         Raises:
             StepFailed: the first of them, in order, that failed for good, once all that had begun have ended.
@@ -184,7 +203,7 @@ class Run:
     @overload
     def on_failure(self, undo: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None: ...
     def on_failure(self, undo: Any, /, *args: Any, **kwargs: Any) -> None:
-        """What undoes what has been done until here, should the flow fail or be cancelled: a plain function or a Celery
+        """What undoes what has been done until here, should the flow fail or be cancelled: a function or a Celery
         task, run as a step, retried as steps are. The latest comes first. One that fails is reported with the flow's
         error, and the others are run all the same.
         """
@@ -201,6 +220,13 @@ class Run:
         """Runs what :meth:`on_failure` was told, the latest first, and gives the names of those that failed. The flow
         does so by itself when it fails or is cancelled; here for a function that means to go on.
         """
+        self._replay.undoing = True
+        try:
+            return self._undo()
+        finally:
+            self._replay.undoing = False
+
+    def _undo(self) -> list[str]:
         failed = []
         while self._replay.undos:
             undo = self._replay.undos[-1]  # it stays until it is closed: a cancel may come first
@@ -218,15 +244,19 @@ class Run:
 
     def clean_up(self) -> list[str]:
         """:meth:`undo` in the end, where nothing can be waited for any more. For the driver."""
-        self._replay.cleaning = True
+        self._replay.driver.is_cleaning = True
         return self.undo()
 
     # ---- waits ----
 
     def sleep(self, duration: timedelta) -> None:
-        """Waits without a worker, for seconds or months, by the database's clock."""
+        """Waits without a worker, for seconds or months, by the database's clock.
+
+        Raises:
+            InvalidData: it is no timedelta, or ends past ``flow_timer_horizon_days`` or the year 9999.
+        """
         self._without_options()
-        wait_steps.sleep(self._replay, lambda: self._replay.driver.now() + duration)
+        wait_steps.sleep(self._replay, lambda: wait_steps.after(self._replay, "duration", duration))
 
     def sleep_until(self, at: datetime) -> None:
         """Waits without a worker until an aware time; a time that has passed is no wait.

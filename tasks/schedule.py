@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args
 from celery.schedules import crontab, schedule
 
 from celery_flows.store.errors import InvalidData
+from celery_flows.store.schedules import Overlap
 
 CatchUp = Literal["last", "all", "none"]
-Overlap = Literal["allow", "skip"]
 
 ON_TIME_SECONDS = 60.0  # a slot that nobody has looked at for longer was missed
 MOST_SLOTS = 100  # that are started at once, and the newest of them
@@ -88,6 +88,8 @@ def parse_schedule(name: str, every: Any, catch_up: str, overlap: str) -> Schedu
     for option, given, known in ("catch_up", catch_up, CatchUp), ("overlap", overlap, Overlap):
         if given not in get_args(known):
             raise InvalidData(f"flow {name}", f"{option} must be one of {', '.join(get_args(known))}")
+    if (catch_up, overlap) == ("none", "wait"):
+        raise InvalidData(f"flow {name}", "has slots that wait, and makes up for none: catch_up must be last or all")
     found = _times(every) if isinstance(every, crontab) else _interval(every)
     if isinstance(found, Times) and next(_named_times(found, datetime.now(UTC), UTC), None) is not None:
         return Schedule(every, found, catch_up, overlap)  # type: ignore[arg-type]

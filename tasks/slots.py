@@ -59,8 +59,7 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
         return flow, replace(drive, limit_key=definition.limit_key(flow.input_json))
 
     drive = Drive(definition.name, definition.queue, definition.priority, runtime.first_pause)
-    skips = schedule.overlap == "skip"
-    seen = runtime.store.run(schedules.start_due, row_of(definition), due, flow_at, skips=skips)
+    seen = runtime.store.run(schedules.start_due, row_of(definition), due, flow_at, schedule.overlap)
     for slot in seen.skipped:
         log.warning("flow %r skips its slot %s: the one before is still open", definition.name, slot.isoformat())
     hints = [Hint(str(each), each, "drive", drive.task, drive.queue, drive.priority) for each in seen.started]
@@ -69,14 +68,22 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
 
 
 def missed(runtime: Runtime) -> Iterator[tuple[str, datetime]]:
-    """The definitions of whose schedules a slot has passed that nobody has seen to, and the latest such slot."""
+    """The definitions of whose schedules a slot has passed that nobody has seen to, and the latest such slot. One that
+    waits for the flow of the slot before has been seen."""
     before = runtime.store.run(op.now) - timedelta(seconds=ON_TIME_SECONDS)
     for definition in runtime.registry:
         if definition.schedule is not None:
             last = runtime.store.run(schedules.last_slot, row_of(definition))
             slot = next(definition.schedule.slots_before(before, runtime.app.timezone), None)
-            if slot is not None and last is not None and slot > last:
+            if slot is not None and last is not None and slot > last and not _waits(runtime, definition):
                 yield definition.name, slot
+
+
+def _waits(runtime: Runtime, definition: FlowDefinition[Any, Any]) -> bool:
+    schedule = definition.schedule
+    if schedule is None or schedule.overlap != "wait":
+        return False
+    return runtime.store.run(schedules.is_held_up, row_of(definition))
 
 
 def row_of(definition: FlowDefinition[Any, Any]) -> str:

@@ -28,6 +28,14 @@ class Telling(Claimed):
         if self.is_paused:
             self.park(None)
 
+    def may_go_on(self) -> bool:
+        """Whether :meth:`check_stop` would unwind nothing."""
+        return not (self.is_over or self.runtime.stopping.is_set() or self.is_paused)
+
+    def has_to_tell(self) -> bool:
+        """Whether there is something to tell a flow that has not been told yet."""
+        return run_id_of(self.flow.id, DEADLINE, 1) in self.history or self.cancel_requested or self.is_late()
+
     def to_be_told(self) -> FlowCancelled | FlowTimedOut | None:
         """What a flow that has not been told yet is to be told before anything new happens, if anything.
 
@@ -35,10 +43,10 @@ class Telling(Claimed):
         :meth:`check_stop` does, and as :meth:`settle_before_telling` does.
         """
         self.check_stop()
+        if not self.has_to_tell():
+            return None
         deadline, run_id = self.flow.deadline_at, run_id_of(self.flow.id, DEADLINE, 1)
         is_recorded = run_id in self.history
-        if not (is_recorded or self.cancel_requested or self.is_late()):
-            return None
         self.settle_before_telling()
         if not is_recorded and self.cancel_requested:
             return FlowCancelled(self.flow.id)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
-from celery_flows.store import FlowStep, FlowStepStatus
+from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.changes import StepWrite
 from celery_flows.store.waits import ExternalEventWait, TimerWait
 from celery_flows.tasks.errors import WaitTimedOut
@@ -54,13 +54,27 @@ def wait_for(replay: Replay, name: str, topic: str, correlation_id: str, timeout
     return replay.outcome(known, None)
 
 
+def after(replay: Replay, argument: str, duration: timedelta) -> datetime:
+    """The time when this has passed.
+
+    Raises:
+        InvalidData: naming the argument: it is no timedelta, or time does not go so far.
+    """
+    if not isinstance(duration, timedelta):
+        raise InvalidData(argument, "must be a timedelta")
+    try:
+        return replay.driver.now() + duration
+    except OverflowError:
+        raise InvalidData(argument, "goes past the year 9999") from None
+
+
 def _external_wait(
     replay: Replay, topic: str, correlation_id: str, timeout: timedelta | None, run_id: str, known: FlowStep | None
 ) -> ExternalEventWait:
     if known is not None:
         timeout_at = known.args_json.get("timeout_at")
     else:
-        timeout_at = None if timeout is None else replay.driver.now() + timeout
+        timeout_at = None if timeout is None else after(replay, "timeout", timeout)
         if timeout_at is not None:
             replay.driver.check_horizon(timeout_at)
     return ExternalEventWait(topic=topic, correlation_id=correlation_id, timeout_at=timeout_at, run_id=run_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from functools import partial
 from typing import Any, Self, TypeVar, overload
@@ -16,9 +16,9 @@ from celery.schedules import crontab
 from sqlalchemy.orm import Session
 
 from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
+from celery_flows.store.schedules import Overlap
 from celery_flows.store.validation import check_name, check_text
 from celery_flows.tasks.aio import AsyncTransaction, run
-from celery_flows.tasks.awaited import register_awaited
 from celery_flows.tasks.celery_tasks import register
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.handle import FlowHandle
@@ -27,9 +27,11 @@ from celery_flows.tasks.mirror import Mirror, MirrorRule, flow_id_of_root
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.retry import Retry
 from celery_flows.tasks.run import Run
+from celery_flows.tasks.run_async import AsyncRun
 from celery_flows.tasks.runtime import Runtime
-from celery_flows.tasks.schedule import CatchUp, Overlap, parse_schedule
+from celery_flows.tasks.schedule import CatchUp, parse_schedule
 from celery_flows.tasks.settings import FlowSettings
+from celery_flows.tasks.waiting import register_waiting_flows
 from celery_flows.worker.lifecycle import install
 from celery_flows.worker.schedule import add_beat_entries, add_late_beat_entry
 
@@ -62,7 +64,7 @@ class Flows:
         self.app = app
         self.runtime = Runtime(app, store)
         register(app, self.runtime)
-        register_awaited(self.runtime)
+        register_waiting_flows(self.runtime)
         install(app, self.runtime)
         add_beat_entries(app, self.runtime)
         _installed[app] = self
@@ -127,11 +129,13 @@ class Flows:
                 is the slot's time.
             catch_up: what becomes of slots at which nobody looked: the last one is made up for, or all (at most 100),
                 or none.
-            overlap: "skip" leaves a slot out if the flow of the one before is still open.
+            overlap: what becomes of a slot while the flow of the one before is still open: "allow" starts its flow all
+                the same, "skip" leaves it out, "wait" starts it when that one has ended: the last of those that waited,
+                or all, by ``catch_up``.
 
         Raises:
-            InvalidData: name and version are taken, the function takes more than the run and one input, or an option is
-                wrong.
+            InvalidData: name and version are taken, the function takes more than the run and one input, is async and
+                takes no AsyncRun, or an option is wrong.
         """
         by = None if schedule is None else parse_schedule(name, schedule, catch_up, overlap)
         define = partial(
@@ -216,6 +220,10 @@ class _Define:
     def __init__(self, define: Callable[..., FlowDefinition[Any, Any]], runtime: Runtime) -> None:
         self._define, self._runtime = define, runtime
 
+    @overload
+    def __call__(self, function: Callable[[AsyncRun, In], Coroutine[Any, Any, Out]]) -> FlowDefinition[In, Out]: ...
+    @overload
+    def __call__(self, function: Callable[[AsyncRun], Coroutine[Any, Any, Out]]) -> FlowDefinition[None, Out]: ...
     @overload
     def __call__(self, function: Callable[[Run, In], Out]) -> FlowDefinition[In, Out]: ...
     @overload

@@ -95,6 +95,7 @@ def show_flow(
         "input": _shortened(flow.input_json),
         "result": _shortened(flow.result_json),
         "error": flow.error_json and f"{flow.error_json['type']}: {flow.error_json['message']}",
+        "not undone": ", ".join((flow.error_json or {}).get("undo_failed", ())) or None,
     }
     show_table(str(flow.id), ("what", "is"), [(name, value) for name, value in facts.items() if value is not None])
     click.echo()

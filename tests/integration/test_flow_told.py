@@ -373,17 +373,6 @@ def test_options_that_mean_nothing_are_refused(bench: Bench, method: str) -> Non
         bench.finish(asks.start())
 
 
-def test_a_coroutine_function_is_refused_as_a_step(bench: Bench) -> None:
-    async def work() -> None: ...
-
-    @bench.flows.flow("asks")
-    def asks(run: Run) -> None:
-        run.step(work)  # type: ignore[unused-coroutine]
-
-    with pytest.raises(FlowFailed, match="is a coroutine function"):
-        bench.finish(asks.start())
-
-
 def test_the_result_of_an_old_version_is_read_by_that_version(bench: Bench) -> None:
     @bench.flows.flow("grows")
     def old(run: Run) -> str:

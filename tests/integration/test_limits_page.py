@@ -1,4 +1,4 @@
-"""docs/limits.md does what it says: its code is run from top to bottom, as one program."""
+"""docs/guide/limits.md does what it says: its code is run from top to bottom, as one program."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from celery_flows.store.tables import flow_dispatch
 from tests.support.bench import Bench
 
-PAGE = Path(__file__).parents[2] / "docs" / "limits.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "limits.md"
 
 
 def test_the_page_from_top_to_bottom(bench: Bench) -> None:

@@ -1,4 +1,4 @@
-"""docs/mirroring.md does what it says: its blocks are run, one after another, as they stand there."""
+"""docs/guide/mirroring.md does what it says: its blocks are run, one after another, as they stand there."""
 
 from __future__ import annotations
 

@@ -40,6 +40,16 @@ def hourly(bench: Bench, **options: Any) -> Any:
     return hourly
 
 
+def hourly_with(bench: Bench, catch_up: str) -> Any:
+    """The same flow, defined anew: its slots wait."""
+
+    @bench.flows.flow("hourly", schedule=HOUR, overlap="wait", catch_up=catch_up)  # type: ignore[arg-type]
+    def hourly(run: Run, slot: datetime) -> datetime:
+        return run.step(_same, slot)
+
+    return hourly
+
+
 def _same(slot: datetime) -> datetime:
     return slot
 
@@ -165,6 +175,25 @@ def test_a_slot_is_skipped_while_the_flow_of_the_one_before_is_open(
     assert look(bench) == 2
     assert [flow.status for flow in started(bench)] == [FlowStatus.FINISHED, FlowStatus.CREATED]
     bench.work()
+
+
+@pytest.mark.parametrize(("catch_up", "ages"), [("last", [2, 0]), ("all", [2, 1, 0])])
+def test_a_slot_may_wait_for_the_flow_of_the_one_before(bench: Bench, catch_up: str, ages: list[int]) -> None:
+    hourly(bench, overlap="wait", catch_up="all")
+    last_looked(bench, timedelta(hours=3))
+    assert (look(bench), look(bench)) == (1, 1)
+    bench.runtime.registry._definitions.clear()
+    waits_by = hourly_with(bench, catch_up)
+    assert look(bench) == 1
+    assert list(slots.missed(bench.runtime)) == []  # doctor finds nothing wrong with it
+    for number in range(2, len(ages) + 1):
+        bench.work()
+        assert look(bench) == number
+    bench.work()
+    assert look(bench) == len(ages)
+    newest = datetime.fromisoformat(started(bench)[-1].input_json)
+    begun = [(newest - datetime.fromisoformat(flow.input_json)) // HOUR for flow in started(bench)]
+    assert (waits_by.schedule.overlap, begun) == ("wait", ages)
 
 
 def test_by_default_they_may_overlap(bench: Bench) -> None:

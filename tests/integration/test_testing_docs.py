@@ -1,4 +1,4 @@
-"""docs/testing.md does what it says: its files, as they stand there, are a project whose tests pass."""
+"""docs/guide/testing.md does what it says: its files, as they stand there, are a project whose tests pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
-PAGE = Path(__file__).parents[2] / "docs/testing.md"
+PAGE = Path(__file__).parents[2] / "docs/guide/testing.md"
 
 
 def named(language: str, text: str) -> str:

@@ -18,7 +18,7 @@ from tests.simulation.world import Actor, SimulatedStore, Violation, World, as_t
 OF_A_HOLDER = ("park", "hand_back", "end_lease", "retry_step", "renew_own", "complete_step")
 BY_TOKEN = ("release", "renew", "hand_back_all")
 TAKES_OVER = ("sweep_due", "claim_drive", "claim_step")
-NO_MEMBERS = ("sleep", "wait_for topic", "flaky")  # steps that may be open and have no row of their own
+NO_MEMBERS = ("sleep", "wait_for topic", "flaky", "flaky_beside")  # steps that may be open and have no row of their own
 
 DISPATCH = (
     "run_id, flow_id, kind, task, worker, fence, wakes, due_at, publish_count, crash_count, open_members, join_group, "
@@ -174,7 +174,7 @@ class Observer:
                 )
             if change.kind == "step_retrying":
                 told = change.step.error["retry_at"]
-                world.not_before[str(change.flow_id)] = datetime.fromisoformat(told)
+                world.not_before[change.step.run_id] = datetime.fromisoformat(told)
         elif name == "retry_step" and answer:
             holder, _, _, delay, _ = step.args
             world.not_before[holder.run_id] = world.clock + timedelta(seconds=delay)

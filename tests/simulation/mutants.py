@@ -25,9 +25,12 @@ from celery_flows.tasks import driver as driver_module
 from celery_flows.tasks import emit as emit_module
 from celery_flows.tasks import gather as gather_module
 from celery_flows.tasks import maintenance
+from celery_flows.tasks import side_by_side as side_by_side_module
 from celery_flows.tasks import steps as steps_module
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.gather import Gather
+from celery_flows.tasks.replay import Replay
+from celery_flows.tasks.side_by_side import SideBySide
 from tests.simulation import plants as p
 from tests.simulation.invariants import Observer
 from tests.simulation.plants import Plant, nothing, then, with_arguments
@@ -163,9 +166,18 @@ MUTANTS = [
            first_seed=800),
     Mutant("an observation closes a step that a worker runs", op, "observe_step", p.observe_anything,
            ("observed by hand",)),
+    # Async functions side by side
+    Mutant("a member begins although the worker is to stop", Replay, "may_begin", p.always, ("async", "async fails")),
+    Mutant("a failure is raised beside running members", SideBySide, "_settle", p.raise_at_once, ("async fails",),
+           also=((side_by_side_module, "end", p.end_nothing),)),
+    Mutant("a member's attempt begins before its pause has passed", side_by_side_module, "retry_at", nothing,
+           ("pause async retry",)),
     # Workers that stop
     Mutant("a worker that is to stop goes on", Driver, "_hand_over_to_another_worker", nothing, ("inline",)),
     Mutant("a hand-back counts as a crash", dispatch, "hand_back_all", p.count_as_crash, ("inline", *GATHERS)),
+    # Interrupts
+    Mutant("an interrupted step takes the interrupt's word", dispatch, "list_to_stop", p.stop_everything,
+           ("interrupt gather by mistake",)),
     Mutant("a hand-back leaves the row at rest", dispatch, "hand_back", then(p.rest_handed_back), ("inline",)),
     # Limits
     Mutant("slots are not counted", limits, "_count", p.zero, ("limited", "limited starts")),

@@ -10,12 +10,14 @@ from typing import Any
 from uuid import UUID
 
 from celery_flows import FlowError, FlowHandle, FlowStepStatus
+from celery_flows.store import dispatch
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.replay import run_id_of
 from celery_flows.tasks.steps import Delivery, run_step
+from celery_flows.worker.stops import settle_ended
 from tests.simulation import flows as defined
 from tests.simulation.flows import flows
-from tests.simulation.world import World
+from tests.simulation.world import Actor, World
 
 
 @dataclass
@@ -103,6 +105,78 @@ def _cancels_beside_a_member(definition: Any) -> Callable[[World], list[FlowHand
         return [handle]
 
     return begin
+
+
+def _interrupts(definition: Any) -> Callable[[World], list[FlowHandle[Any]]]:
+    """Somebody cancels while a step runs, and a worker's parent looks again and again for what runs of flows that are
+    to end: it interrupts that, or ends its process."""
+
+    def begin(world: World) -> list[FlowHandle[Any]]:
+        world.stops_in_a_body = 6
+        handle = definition.start()
+
+        def cancel() -> None:
+            for _ in range(world.rng.choice((1, 1, 5, 10))):
+                _until_in_a_body(world)
+            handle.cancel()
+
+        def keep() -> None:
+            for _ in range(60):
+                if not _until_in_a_body(world):
+                    return
+                bodies = _in_a_body(world)
+                for held in flows.runtime.store.run(dispatch.list_to_stop, list(bodies)):
+                    if bodies[held.worker].in_body == held.worker:
+                        _stop(world, bodies[held.worker], held)
+
+        world.spawn("cancel", _quietly(cancel, patience=(0,)), killable=False)
+        world.spawn("keeper", keep)
+        return [handle]
+
+    return begin
+
+
+def _interrupts_by_mistake(definition: Any) -> Callable[[World], list[FlowHandle[Any]]]:
+    """What was meant for the body before strikes another, whose flow is not to end."""
+
+    def begin(world: World) -> list[FlowHandle[Any]]:
+        world.stops_in_a_body = 3
+
+        def strike() -> None:
+            for _ in range(3):
+                if _until_in_a_body(world):
+                    actor = world.rng.choice(list(_in_a_body(world).values()))
+                    world.say(f"{actor.name} is interrupted by mistake")
+                    actor.interrupted = True
+
+        world.spawn("struck", strike)
+        return [definition.start()]
+
+    return begin
+
+
+def _in_a_body(world: World) -> dict[str, Actor]:
+    return {actor.in_body: actor for actor in world.actors if actor.in_body is not None and not actor.done}
+
+
+def _until_in_a_body(world: World) -> bool:
+    """Waits until somebody is in the midst of a step; not for ever."""
+    for _ in range(100):
+        world.stop_here("watching the steps")
+        if _in_a_body(world):
+            return True
+    return False
+
+
+def _stop(world: World, actor: Actor, held: dispatch.Held) -> None:
+    if world.rng.random() < 0.6:
+        world.say(f"{actor.name} is interrupted {actor.at}")
+        actor.interrupted = True
+    else:
+        world.lose(defined.leases_of(actor.token))
+        world.say(f"{actor.name} is ended {actor.at}")
+        actor.crash()
+        settle_ended(flows.runtime, held)
 
 
 def _with_a_late_message(definition: Any) -> Callable[[World], list[FlowHandle[Any]]]:
@@ -269,6 +343,14 @@ SCENARIOS = [
     Scenario("inline retry", _starts(defined.inline_retry), may_lose=True),
     Scenario("cancel inline retry", _with("cancel", defined.inline_retry), ends=ANY_END),
     Scenario("pause inline retry", _with("pause", defined.inline_retry), may_lose=True),
+    Scenario("async", _starts(defined.side_by_side), may_lose=True),
+    Scenario("async fails", _starts(defined.side_by_side_fails), may_lose=True),
+    Scenario("async retry", _starts(defined.side_by_side_retried), may_lose=True),
+    Scenario("async in a plain flow", _starts(defined.beside_in_a_plain_flow), may_lose=True),
+    Scenario("cancel async", _with("cancel", defined.side_by_side), ends=ANY_END),
+    Scenario("cancel async retry", _with("cancel", defined.side_by_side_retried), ends=ANY_END),
+    Scenario("pause async retry", _with("pause", defined.side_by_side_retried), may_lose=True),
+    Scenario("update async", _with("update", defined.side_by_side_fails), may_lose=True),
     Scenario("window", _starts(defined.window), may_lose=True),
     Scenario("window fails", _starts(defined.window_fails), may_lose=True),
     Scenario("cancel window", _with("cancel", defined.window), ends=ANY_END),
@@ -313,6 +395,15 @@ SCENARIOS = [
     Scenario("two waiters, one cancelled", _two_waiters_and_a_cancel, _emit_missing, ends=ANY_END,
              check=_each_event_once),
     Scenario("event or timeout", _emits(1, defined.event_timeout), may_lose=True, check=_each_event_once),
+    Scenario("interrupt inline", _interrupts(defined.inline), ends=ANY_END),
+    Scenario("interrupt cleanup", _interrupts(defined.cleanup), ends=ANY_END, check=_cleaned_up),
+    Scenario("interrupt two joins", _interrupts(defined.two_joins), ends=ANY_END),
+    Scenario("interrupt race", _interrupts(defined.race), ends=ANY_END),
+    Scenario("interrupt saga", _interrupts(defined.saga), ends=ANY_END, check=_undone),
+    Scenario("interrupt inline retry", _interrupts(defined.inline_retry), ends=ANY_END),
+    Scenario("interrupt retry", _interrupts(defined.retry), ends=ANY_END),
+    Scenario("interrupt inline by mistake", _interrupts_by_mistake(defined.inline), may_lose=True),
+    Scenario("interrupt gather by mistake", _interrupts_by_mistake(defined.gather), may_lose=True),
     Scenario(
         "two waiters, one may time out",
         _emits(2, defined.event, defined.event_timeout), _emit_missing, may_lose=True, check=_each_event_once,

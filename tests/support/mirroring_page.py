@@ -1,4 +1,4 @@
-"""Runs the Python blocks of docs/mirroring.md, one after another, in a process of its own; takes a database's URL.
+"""Runs the Python blocks of docs/guide/mirroring.md one by one, in a process of its own; takes a database's URL.
 
 The tasks of the page's app are shared, as by default, with every other app that is made in the process.
 """
@@ -18,7 +18,7 @@ from celery_flows import SqlFlowStore
 from celery_flows.tasks.observer import observed
 from tests.support.consumer import Consumer
 
-PAGE = Path(__file__).parents[2] / "docs/mirroring.md"
+PAGE = Path(__file__).parents[2] / "docs/guide/mirroring.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 QUEUE = "page"
 

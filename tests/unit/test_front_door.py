@@ -14,6 +14,7 @@ from tests.support.commandline import environment
 PUBLIC = [
     "AlreadyTerminal",
     "Approval",
+    "AsyncRun",
     "CancelPending",
     "Decision",
     "DuplicateFlow",

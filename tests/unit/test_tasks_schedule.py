@@ -169,7 +169,9 @@ def test_what_is_no_schedule_is_refused(every: Any) -> None:
         made(every)
 
 
-@pytest.mark.parametrize("options", [{"catch_up": "yes"}, {"overlap": "queue"}, {"catch_up": None}])
+@pytest.mark.parametrize(
+    "options", [{"catch_up": "yes"}, {"overlap": "queue"}, {"catch_up": None}, {"catch_up": "none", "overlap": "wait"}]
+)
 def test_unknown_policies_are_refused(options: Any) -> None:
     with pytest.raises(InvalidData, match=r"flow nightly: \w+ must be one of "):
         made(DAILY, **options)
