@@ -40,7 +40,7 @@ class DriveClaim:
     queue: str | None
     parent_run_id: str | None  # of a child flow: the step that it is of its parent
     limit_key: str | None  # of a limited flow
-    began: bool  # nobody claimed it before, so there is no history
+    began: bool  # nobody claimed it before, and it took nothing over, so there is no history
     now: datetime  # the database's clock
 
 
@@ -130,7 +130,7 @@ def claim_drive(
         queue=row["queue"],
         parent_run_id=row["parent_run_id"],
         limit_key=row["limit_key"],
-        began=row["was"] == "created" and row["fence"] == 1,
+        began=row["was"] == "created" and row["fence"] == 1 and row["forked_from"] is None,
         now=row["now"],
     )
 

@@ -165,14 +165,19 @@ flows = sa.Table(
     sa.Column("paused_at", UtcDateTime()),
     sa.Column("finished_at", UtcDateTime()),
     sa.Column("continued_as", sa.Uuid()),
+    sa.Column("forked_from", sa.Uuid()),
     # Derived, so in no record and in no event:
     sa.Column("rest_at", UtcDateTime(), nullable=False),  # updated_at, but for records of a running flow
     sa.Column("wait_key", sa.Text()),  # what external events are matched by
     _one_of("status", FlowStatus, "status"),
     _one_of("mode", FlowMode, "mode"),
+    sa.Index(None, "created_at", "id"),
     sa.Index(None, "owner_session_key", "created_at", "id"),
+    sa.Index(None, "controller_id", "created_at", "id"),
+    sa.Index(None, "status", "created_at", "id"),
     sa.Index(None, "status", "rest_at", "id"),
     sa.UniqueConstraint("controller_id", "idempotency_key"),
+    _partial("ix_flows_idempotency_key", "idempotency_key IS NOT NULL", "idempotency_key"),
     _partial("ix_flows_finished_at", "finished_at IS NOT NULL", "finished_at"),
     _partial("ix_flows_wait_key", "wait_key IS NOT NULL", "wait_key", "rest_at", "id"),
     _partial("ix_flows_parent_flow_id", "parent_flow_id IS NOT NULL", "parent_flow_id"),

@@ -51,7 +51,7 @@ def child_member(
         deadline_at=deadline,
     )
     queue = definition.queue if definition.queue is None else check_name("queue", definition.queue)
-    args = encode_json("child", {"cleanup": True} if cleanup else {})
+    args = encode_json("child", {**place.kept(), "cleanup": True} if cleanup else place.kept())
     name = check_name("step", definition.name)
     return Member(
         place.run_id, name, place.position, args, queue, definition.priority, child=flow,

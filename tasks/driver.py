@@ -203,9 +203,9 @@ class Driver(Telling):
         self.runtime.publisher.publish(dispatch.Hint(str(flow.id), flow.id, "drive", definition.name, definition.queue))
         raise Suspended
 
-    def update_state(self, place: Place, patch: Mapping[str, Any]) -> None:
+    def update_state(self, place: Place, patch: Mapping[str, Any], args: str | None) -> None:
         """Lays keys over the flow's state, as a step."""
-        step = StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position)
+        step = StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position, args=args)
         with self.unwinding():
             self.write(
                 lambda: ("state_updated", {"state_json": transitions.merged(self.state, patch)}), step=step,

@@ -51,13 +51,14 @@ class Gather:
         if how.at_once is not None and (type(how.at_once) is not int or how.at_once < 1):
             raise InvalidData("gather limit", "must be a whole number from 1")
         self.check(works, options)
-        self._places = [self._place(work) for work in works]
         self._remote = [n for n, work in enumerate(works) if is_remote(work)]
-        self._local = {
-            n: InlineStep(replay, options, work, (), {})
-            for n, work in enumerate(works)
-            if not isinstance(work, Signature | ChildFlow | Awaited)
-        }  # their places, too, are taken before any of them begins: which comes first must not depend on time
+        with replay.gathering(len(works)):
+            self._places = [self._place(work) for work in works]
+            self._local = {
+                n: InlineStep(replay, options, work, (), {})
+                for n, work in enumerate(works)
+                if not isinstance(work, Signature | ChildFlow | Awaited)
+            }  # their places, too, are taken before any of them begins: which comes first must not depend on time
 
     @staticmethod
     def check(works: Sequence[Work], options: StepOptions) -> None:
@@ -128,7 +129,8 @@ class Gather:
         self._record(place, "null")
 
     def _record(self, place: Place, result: str) -> None:
-        step = StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position, result=result)
+        args = self._replay.taken_with(place)
+        step = StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position, result=result, args=args)
         self._driver.record(step, current_step=place.name)
 
     def _winner(self) -> int:

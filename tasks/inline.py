@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from asyncio import CancelledError
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ class Attempts:
         self._rule = NEVER if options.retry is None else options.retry.rule()
         self._timeout = options.seconds
         self._id = new_id() if known is None else known.id
+        self._args = replay.taken_with(place) if known is None else known.args_json and json.dumps(known.args_json)
         self.attempt = 1 if known is None else known.attempt
 
     def recording(self, body: Callable[[], str]) -> Callable[[float], str]:
@@ -184,6 +186,7 @@ class Attempts:
             status,
             self._place.position,
             self.attempt,
+            args=self._args,
             elapsed_us=int((self._driver.clock() - began) * 1_000_000),
             id=self._id,
             **outcome,

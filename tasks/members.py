@@ -82,7 +82,7 @@ def member_of(
     queue_name = getattr(queue, "name", queue)
     if queue_name is not None:
         check_name(f"queue of step {name}", queue_name)
-    called: dict[str, Any] = {"args": list(args), "kwargs": kwargs}
+    called: dict[str, Any] = {"args": list(args), "kwargs": kwargs, **place.kept()}
     if cleanup:
         called["cleanup"] = True
     if undoing:

@@ -241,15 +241,15 @@ class Registry:
         versions = self._definitions.get(name, {})
         return versions.get(max(versions, default=0) if version is None else version)
 
-    def require(self, name: str) -> FlowDefinition[Any, Any]:
-        """The latest definition of this name.
+    def require(self, name: str, version: int | None = None) -> FlowDefinition[Any, Any]:
+        """The definition of this name and version; None: the latest.
 
         Raises:
             UnknownFlow: naming those there are.
         """
-        definition = self.get(name)
+        definition = self.get(name, version)
         if definition is None:
-            raise UnknownFlow(name, list(self._definitions))
+            raise UnknownFlow(name, list(self._definitions), version if name in self._definitions else None)
         return definition
 
     def __iter__(self) -> Iterator[FlowDefinition[Any, Any]]:

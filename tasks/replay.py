@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+FORK = "run.fork"  # the step that says how many steps of which flow were taken over
+
 
 class Suspended(BaseException):
     """Unwinds a flow function that waits or lost its lease; another claim goes on. Not an Exception, so that the
@@ -30,6 +33,13 @@ class Place(NamedTuple):
     run_id: str
     name: str
     position: int  # from 1; 0 for a step that is known by its key, wherever it stands
+    key: str | None = None
+    gather: int | None = None  # of a gather's member: the place of the first of them
+
+    def kept(self) -> dict[str, Any]:
+        """What the step's row keeps of it besides, for a fork to go by."""
+        kept = {"key": self.key, "gather": self.gather}
+        return {name: value for name, value in kept.items() if value is not None}
 
 
 class Replay:
@@ -43,6 +53,7 @@ class Replay:
         self._is_taking = False  # a step of an async function
         self.unwound_by: BaseException | None = None  # what went up an async function, or one of its tasks
         self._position = 0
+        self._gather: int | None = None
         self._counts: dict[str, int] = {}
         self._reached: set[str] = set()
 
@@ -69,9 +80,18 @@ class Replay:
             raise InvalidData(f"step {name}", "has a key that an earlier step of this name has")
         self._reached.add(run_id)
         if key is not None:
-            return Place(run_id, name, 0)
+            return Place(run_id, name, 0, key)
         self._position += 1
-        return Place(run_id, name, self._position)
+        return Place(run_id, name, self._position, gather=self._gather)
+
+    @contextmanager
+    def gathering(self, count: int) -> Iterator[None]:
+        """While the places of a gather's members are taken."""
+        self._gather = self._position + 1 if count > 1 else None
+        try:
+            yield
+        finally:
+            self._gather = None
 
     def refuse_inside(self, what: str) -> None:
         """Says nothing outside of steps.
@@ -105,10 +125,25 @@ class Replay:
         if self._is_taking:
             raise InvalidData(what, "came before another step had ended; await each, or gather them")
 
+    def drawn_by(self) -> UUID:
+        """The flow that identities and numbers are drawn for: this one, or, as far as its steps were taken over, the
+        one that they were taken over from. They may have been drawn before a step that knows them."""
+        fork = self.driver.history.get(run_id_of(self.flow_id, FORK, 1))
+        for flow_id, steps in () if fork is None else fork.args_json["drawn"]:
+            if len(self._reached) < steps:
+                return UUID(flow_id)
+        return self.flow_id
+
     def count(self, name: str) -> int:
         """How often this name has come by now, from 1."""
         self._counts[name] = self._counts.get(name, 0) + 1
         return self._counts[name]
+
+    def taken_with(self, place: Place, **told: Any) -> str | None:
+        """What the step's row keeps of how it was taken, as JSON text: what its place does, whether it cleans up, and
+        what is told."""
+        kept = {**told, **place.kept(), **({"cleanup": True} if self.cleaning else {})}
+        return json.dumps(kept) if kept else None
 
     def find(self, place: Place, *, waits: bool = False) -> FlowStep | None:
         """What history has of this step. Where it has another one in that place, which the function has not come to, or
@@ -194,6 +229,11 @@ class Replay:
 def is_wait(step: FlowStep) -> bool:
     """Whether the step is a wait, by what it was taken with."""
     return isinstance(step.args_json, Mapping) and not step.args_json.keys().isdisjoint(("at", "topic"))
+
+
+def is_cleanup(step: FlowStep) -> bool:
+    """Whether the step was taken to clean up."""
+    return isinstance(step.args_json, Mapping) and bool(step.args_json.get("cleanup"))
 
 
 def run_id_of(flow_id: UUID, name: str, count: int) -> str:

@@ -311,7 +311,7 @@ class Run:
         place = self._replay.place("update")
         if self._replay.find(place) is None:
             self._replay.begin()
-            self._replay.driver.update_state(place, state)
+            self._replay.driver.update_state(place, state, self._replay.taken_with(place))
 
     def restart_as(self, input: Any = None) -> NoReturn:
         """Ends this flow, and has a new one go on for it: same definition in its latest version, same owner and key,
@@ -337,13 +337,14 @@ class Run:
         """A new UUID; when replayed the same one. Derived from the flow's id, so it costs no record."""
         self._without_options()
         self._replay.refuse_inside("run.uuid()")
-        return uuid5(self.flow_id, f"uuid {self._replay.count('run.uuid()')}")
+        return uuid5(self._replay.drawn_by(), f"uuid {self._replay.count('run.uuid()')}")
 
     def random(self) -> float:
         """A random number from 0 to below 1; when replayed the same one. It costs no record, as :meth:`uuid`."""
         self._without_options()
         self._replay.refuse_inside("run.random()")
-        return random.Random(str(uuid5(self.flow_id, f"random {self._replay.count('run.random()')}"))).random()
+        seed = uuid5(self._replay.drawn_by(), f"random {self._replay.count('run.random()')}")
+        return random.Random(str(seed)).random()
 
     def _without_options(self) -> None:
         if self._options != StepOptions():

@@ -20,8 +20,8 @@ from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.validation import check_name
 from celery_flows.tasks.handle import FlowHandle
-from celery_flows.tasks.start import Options, deadline_of, drive_row, lock_timed_out, once_committed
-from celery_flows.tasks.transaction import Transaction, transaction_of
+from celery_flows.tasks.start import Options, deadline_of, drive_row, lock_timed_out
+from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
 if TYPE_CHECKING:
     from celery_flows.tasks.registry import FlowDefinition

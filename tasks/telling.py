@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NoReturn
 
 from celery_flows.store import FlowStepStatus, children, dispatch
@@ -11,7 +10,7 @@ from celery_flows.tasks.children import cancel_child
 from celery_flows.tasks.claimed import Claimed
 from celery_flows.tasks.errors import FlowCancelled, FlowTimedOut
 from celery_flows.tasks.lease import passed_on
-from celery_flows.tasks.replay import Suspended, run_id_of
+from celery_flows.tasks.replay import Suspended, is_cleanup, run_id_of
 
 DEADLINE = "run.deadline"  # the step that records that a flow was told of it
 
@@ -97,8 +96,7 @@ class Telling(Claimed):
 
     def cleanup_is_out(self) -> bool:
         """Whether members are out that clean up. Such are scheduled after draining only, so the others are closed."""
-        out = (step.args_json for step in self.history.values() if not step.status.is_terminal)
-        return any(isinstance(args, Mapping) and args.get("cleanup") for args in out)
+        return any(is_cleanup(step) for step in self.history.values() if not step.status.is_terminal)
 
     def _hand_over_to_another_worker(self) -> NoReturn:
         with self.unwinding():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Self, TypeVar, overload
 from uuid import UUID
@@ -15,7 +16,9 @@ from celery.canvas import Signature
 from celery.schedules import crontab
 from sqlalchemy.orm import Session
 
-from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
+from celery_flows.store import Flow, FlowManager, FlowStatus, InvalidData, SqlFlowStore
+from celery_flows.store import operations as op
+from celery_flows.store.clock import as_utc
 from celery_flows.store.schedules import Overlap
 from celery_flows.store.validation import check_name, check_text
 from celery_flows.tasks.aio import AsyncTransaction, run
@@ -155,6 +158,62 @@ class Flows:
         except ValueError:
             raise InvalidData("flow_id", "is no flow id (a UUID)") from None
 
+    def search(
+        self,
+        *,
+        owner: str | None = None,
+        status: FlowStatus | str | None = None,
+        definition: str | None = None,
+        key: str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        limit: int = 100,
+        after: Flow | None = None,
+    ) -> list[Flow]:
+        """Flows that fit all that is given, newest first, a page at a time; as quick among millions as among few.
+
+        Args:
+            definition: the name of its definition, in whatever version.
+            key: the idempotency key it was started with.
+            created_after, created_before: aware times, by the database's clock; the first is included, the second not.
+            limit: at most so many.
+            after: the last flow of the page before.
+
+        Raises:
+            InvalidData: there is no such status, a time is naive, or the limit is below 1.
+        """
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise InvalidData("limit", "must be a whole number from 1")
+        return self.store.run(
+            op.search_flows,
+            owner=owner,
+            status=None if status is None else _status(status),
+            definition=definition,
+            key=key,
+            created_after=None if created_after is None else as_utc("created_after", created_after),
+            created_before=None if created_before is None else as_utc("created_before", created_before),
+            limit=limit,
+            after=after,
+        )
+
+    async def asearch(
+        self,
+        *,
+        owner: str | None = None,
+        status: FlowStatus | str | None = None,
+        definition: str | None = None,
+        key: str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        limit: int = 100,
+        after: Flow | None = None,
+    ) -> list[Flow]:
+        """:meth:`search`, awaited."""
+        return await asyncio.to_thread(
+            self.search, owner=owner, status=status, definition=definition, key=key, created_after=created_after,
+            created_before=created_before, limit=limit, after=after,
+        )  # fmt: skip
+
     def emit(
         self, topic: str, correlation_id: str, payload: Any = None, *, session: sa.Connection | Session | None = None
     ) -> UUID:
@@ -212,6 +271,13 @@ class Flows:
     def mirrored(self, task_id: str) -> FlowHandle[None]:
         """The handle of the flow that a :meth:`mirror_rule` makes for this root task."""
         return FlowHandle(self.runtime, flow_id_of_root(task_id))
+
+
+def _status(status: FlowStatus | str) -> FlowStatus:
+    try:
+        return FlowStatus(status)
+    except ValueError:
+        raise InvalidData("status", f"is one of {', '.join(FlowStatus)}") from None
 
 
 class _Define:

@@ -91,6 +91,8 @@ def show_flow(
         "queues for a slot": queued_at and f"since {moment(queued_at)}",
         "cancel requested": "yes" if flow.cancel_requested else None,
         "paused": moment(flow.paused_at),
+        "forked from": flow.forked_from,
+        "goes on as": flow.continued_as,
         "mirrored": "yes" if flow.mode is FlowMode.MIRRORED else None,
         "input": _shortened(flow.input_json),
         "result": _shortened(flow.result_json),

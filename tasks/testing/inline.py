@@ -184,7 +184,7 @@ class InlineDriver(Driver):
         self._keep(step)
         return self._now
 
-    def update_state(self, place: Place, patch: Mapping[str, Any]) -> None:
+    def update_state(self, place: Place, patch: Mapping[str, Any], args: str | None) -> None:
         self._keep(StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position))
 
     def transact(self, write: Callable[[Connection], StepWrite]) -> str:

@@ -34,6 +34,7 @@ ELSEWHERE = {
     "mirroring": "test_mirroring_page.py",
     "async": "test_async_page.py",
     "limits": "test_limits_page.py",
+    "going-back": "test_going_back_page.py",
 }  # a project, a process, a server of its own
 
 _read: set[str] = set()  # the pages that tests here read

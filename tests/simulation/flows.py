@@ -307,6 +307,16 @@ def saga(run: Run) -> None:
     run.gather(members(run, 3, fails=1))
 
 
+@flows.flow("broken")
+def broken(run: Run) -> str:
+    """A member fails, until somebody goes back."""
+    is_mended = run._replay.driver.flow.forked_from is not None
+    run.step(one, str(run.flow_id))
+    run.update(told=True)
+    run.gather(members(run, 3, fails=None if is_mended else 1))
+    return run.step(two, str(run.flow_id))
+
+
 @flows.flow("sleep")
 def sleep(run: Run) -> str:
     run.step(one, str(run.flow_id))

@@ -93,6 +93,7 @@ MUTANTS = [
     Mutant("a new row is not due by itself", sqlite, "change", then(p.rest_members), GATHERS),
     Mutant("a take-over is not counted as a crash", sqlite, "_take", then(p.keep_crashes), ("inline",)),
     Mutant("a claim leaves the revision alone", sqlite, "claim_drive", then(p.keep_revision), ("inline",)),
+    Mutant("what was taken over is not read", dispatch, "claim_drive", p.began_anew, ("goes back",)),
     # 3: the sweep
     Mutant("a sweep does not free expired rows", sqlite, "_swept", then(p.keep_expired_worker), GATHERS),
     Mutant("a sweep does not count lost leases", sqlite, "_swept", then(p.keep_crashes), ("inline", *GATHERS)),

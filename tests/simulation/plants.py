@@ -52,6 +52,16 @@ def like(original: Any, mutated: Any) -> Any:
     return mutated
 
 
+def began_anew(original: Any) -> Any:
+    """Claims a flow that nobody claimed before as if it had no history."""
+
+    def mutated(conn: Connection, *args: Any, **kwargs: Any) -> Any:
+        claim = original(conn, *args, **kwargs)
+        return claim and replace(claim, began=claim.began or claim.holder.fence == 1)
+
+    return like(original, mutated)
+
+
 def then(*statements: Callable[..., Any]) -> Plant:
     """The original, and then some more statements on its connection and arguments."""
 

@@ -16,7 +16,7 @@ from celery_flows.tasks.replay import run_id_of
 from celery_flows.tasks.steps import Delivery, run_step
 from celery_flows.worker.stops import settle_ended
 from tests.simulation import flows as defined
-from tests.simulation.flows import flows
+from tests.simulation.flows import flows, member
 from tests.simulation.world import Actor, World
 
 
@@ -252,6 +252,37 @@ def _started_once(world: World, handles: list[FlowHandle[Any]]) -> None:
     assert len({handle.id for handle in handles}) == 1, f"one key, two flows: {handles}"
 
 
+def _goes_back(world: World) -> list[FlowHandle[Any]]:
+    """Somebody retries a flow as soon as it has failed, perhaps twice, and perhaps dies over it."""
+    handle = defined.broken.start()
+
+    def go_back() -> None:
+        for _ in range(200):
+            if handle.status().is_terminal:
+                break
+            World.current.stop_here("watching the flow")
+        handle.retry()
+
+    for number in range(2):
+        world.spawn(f"mender-{number}", _quietly(go_back))
+    return [handle]
+
+
+def _nothing_twice(world: World, handles: list[FlowHandle[Any]]) -> None:
+    """What went back has ended, and has done nothing that it took over."""
+    (first,) = handles
+    done = {step.run_id for step in flows.store.list_steps(first.id) if step.status is FlowStepStatus.SUCCEEDED}
+    again = {"two"} | {f"member-{n - 1}" for n in (1, 2, 3) if run_id_of(first.id, member.name, n) not in done}
+    if run_id_of(first.id, "one", 1) not in done:
+        again.add("one")
+    for (fork_id,) in defined.observer.rows("SELECT id FROM flows WHERE forked_from IS NOT NULL"):
+        fork = flows.handle(UUID(fork_id))
+        effects = {name for flow_id, name in world.effects if flow_id == str(fork.id)}
+        assert effects <= again, f"done again: {effects - again}"
+        lost = any(len(fences) >= defined.MAX_CRASHES for fences in world.lost.values())
+        assert lost or (fork.status(), fork.state()) == ("finished", {"told": True}), f"it is {fork.status()}"
+
+
 def _two_waiters_and_a_cancel(world: World) -> list[FlowHandle[Any]]:
     handles = _emits(1, defined.event, defined.event)(world)
     world.spawn("cancel", _quietly(handles[0].cancel))
@@ -365,6 +396,7 @@ SCENARIOS = [
     Scenario("poisoned driver", _with_a_late_message(defined.poisoned_driver), ends=("failed",), check=_deaths_are_few),
     Scenario("two starts", _starts_twice, may_lose=True, check=_started_once),
     Scenario("observed by hand", _observed, may_lose=True),
+    Scenario("goes back", _goes_back, ends=("failed",), check=_nothing_twice),
     Scenario("sleep", _starts(defined.sleep), may_lose=True),
     Scenario("cancel inline", _with("cancel", defined.inline), ends=ANY_END),
     Scenario("cancel gather", _with("cancel", defined.gather), ends=ANY_END),
