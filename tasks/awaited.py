@@ -76,10 +76,8 @@ Awaited: TypeAlias = Event | Decision | Timer
 
 
 def awaited_name(awaited: Awaited) -> str:
-    """The name it goes by as a step: a change of what is waited for is another step."""
-    if isinstance(awaited, Timer):
-        return "timer"
-    return f"event {awaited.topic}" if isinstance(awaited, Event) else f"approval {awaited.name}"
+    """The name it goes by as a step, which is its flow's."""
+    return TIMER if isinstance(awaited, Timer) else EVENT
 
 
 def awaited_codec(awaited: Awaited) -> Codec:

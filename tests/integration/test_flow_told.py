@@ -19,7 +19,7 @@ from celery_flows.store.tables import flows
 from tests.support.bench import Bench
 from tests.support.waiting import until
 
-TIMEOUT = timedelta(seconds=0.3)
+TIMEOUT = timedelta(seconds=0.8)
 
 
 def tasks(bench: Bench) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from celery_flows import (
+    Event,
     FlowCancelled,
     FlowFailed,
     FlowHandle,
@@ -27,6 +28,7 @@ from celery_flows import (
     Limit,
     Run,
     StepFailed,
+    Timer,
     UnknownFlow,
     WaitTimedOut,
 )
@@ -505,7 +507,9 @@ def named(bench: Bench, handle: FlowHandle[Any], name: str) -> FlowStep:
     )[int(number or 1) - 1]
 
 
-@pytest.mark.parametrize("from_step", ["nothing", "note#3", "note#0", "note#", "#1", "", "5561c6ce-865e-4fb6-8a3e-82e6cf027a12"])
+@pytest.mark.parametrize(
+    "from_step", ["nothing", "note#3", "note#0", "note#", "#1", "", "5561c6ce-865e-4fb6-8a3e-82e6cf027a12"]
+)
 def test_a_step_that_is_not_there_is_answered_with_those_that_are(bench: Bench, shop: Shop, from_step: str) -> None:
     handle = three(shop).start("Ada")
     bench.finish(handle)
@@ -855,4 +859,21 @@ def test_a_flow_that_goes_back_is_under_the_limit_of_its_definition(bench: Bench
     shop.fails.clear()
     again = handle.retry()
     assert [row.limit_key for row in bench.rows(again.id)] == ['["limited"]']
-    assert bench.finish(again) == "once"
+    assert bench.finish(again) == "once done"
+
+
+def test_what_came_first_is_taken_over(bench: Bench, shop: Shop) -> None:
+    @bench.flows.flow("chooses")
+    def chooses(run: Run) -> list[Any]:
+        which, payload = run.first([Event("paid", "o1"), Timer(timedelta(hours=1)), shop.task.s("beside")])
+        return [which, payload, run.step(shop.note, "after")]
+
+    shop.fails |= {"after", "beside"}
+    bench.flows.emit("paid", "o1", 5)
+    handle = chooses.start()
+    bench.work()
+    assert handle.status() is FlowStatus.FAILED
+    shop.fails.clear()
+    assert bench.finish(handle.retry()) == [0, 5, "after done"]
+    assert bench.finish(handle.fork(from_step="note")) == [0, 5, "after done"]
+    assert shop.ran() == ["beside", "after", "after", "after"]

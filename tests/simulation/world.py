@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -22,6 +22,9 @@ from celery_flows.store.script import Call, Pause
 from celery_flows.store.tables import metadata
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+T = TypeVar("T")
 
 
 class Violation(BaseException):
@@ -214,6 +217,10 @@ class SimulatedInterrupts:
             yield
         finally:
             actor.in_body = None
+
+    async def coroutine(self, worker: str, body: Coroutine[Any, Any, T]) -> T:
+        with self.body(worker):
+            return await body
 
 
 class SimulatedStore(SqlFlowStore):
