@@ -58,6 +58,7 @@ def _measure(rounds: int, count: int, done: Path) -> dict[str, list[float]]:
     ways: dict[str, Callable[[], float]] = {
         "bare Celery chain": lambda: _chains(app.bare_chain, count, done),
         "inline steps": lambda: _flows(app.inline.start, count),
+        "inline steps, two flows at once": lambda: _flows(app.limited.start, count),
         "Celery steps": lambda: _flows(app.celery_steps.start, count // 3),
     }
     figures: dict[str, list[float]] = {name: [] for name in [*ways, "latency ms"]}

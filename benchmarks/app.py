@@ -6,7 +6,7 @@ import os
 
 from celery import Celery, chain
 
-from celery_flows import Flows, Run
+from celery_flows import Flows, Limit, Run
 
 STEPS = 5
 DONE = "BENCHMARK_DONE"  # names the file that counts ended chains: one byte each
@@ -37,6 +37,13 @@ def end_chain(_: int) -> None:
 @flows.flow("benchmarks/inline")
 def inline(run: Run) -> None:
     """Five recorded steps in the driver's own process."""
+    for _ in range(STEPS):
+        run.step(nothing)
+
+
+@flows.flow("benchmarks/limited", limit=Limit(2))
+def limited(run: Run) -> None:
+    """The same, two at once: most of them queue."""
     for _ in range(STEPS):
         run.step(nothing)
 

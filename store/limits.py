@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -27,11 +27,14 @@ from celery_flows.store.operations import lock_flow, now, reads, writes, writes_
 from celery_flows.store.tables import UtcDateTime, flow_dispatch, flow_limits, flows
 
 _d, _l = flow_dispatch.c, flow_limits.c
+_PAUSED = sa.exists().where(flows.c.id == _d.flow_id, flows.c.paused_at.isnot(None))
+_IN_QUEUE = _d.queued_at.isnot(None)
 
 AT_ONCE = 100  # slots that are given in one transaction
 POLL_SECONDS = 1.0  # before somebody looks whether a slot was freed, should nobody have said so
 RATE_POLL_SECONDS = 60.0  # at most, where a rate says when the next one may begin
 IDLE_SECONDS = 3600.0  # before somebody looks whether a limit is still in use
+NEVER_YET = datetime(1970, 1, 1, tzinfo=UTC)  # until the transaction that makes the row says when
 FORGOTTEN_SECONDS = 86_400.0  # after which an unused limit goes whose definition nobody knows
 
 
@@ -70,14 +73,14 @@ class Admission:
 @reads
 def find_waiting(conn: Connection, flow_id: UUID) -> Waiting | None:
     """The flow, if all that keeps it from being claimed may be that it has no slot."""
-    asked = sa.select(_d.task, _d.priority).where(_without_slot(conn, flow_id))
+    asked = sa.select(_d.task, _d.priority).where(_without_slot(flow_id, now(conn)))
     row = conn.execute(asked).first()
     return None if row is None else Waiting(*row)
 
 
-def _without_slot(conn: Connection, flow_id: UUID) -> sa.ColumnElement[bool]:
+def _without_slot(flow_id: UUID, at: datetime) -> sa.ColumnElement[bool]:
     limited = sa.and_(_d.run_id == str(flow_id), _d.limit_key.isnot(None), ~_d.has_slot)
-    return sa.and_(limited, _d.worker.is_(None), is_claimable(now(conn)))
+    return sa.and_(limited, _d.worker.is_(None), is_claimable(at))
 
 
 @writes
@@ -94,7 +97,7 @@ def admit(conn: Connection, flow_id: UUID, bounds: Bounds, urgency: int, first_p
         return Admission(False, [])
     if flow.deadline_at is not None and flow.deadline_at <= at:
         return Admission(False, [])
-    queued = sa.update(flow_dispatch).where(_without_slot(conn, flow_id))
+    queued = sa.update(flow_dispatch).where(_without_slot(flow_id, at))
     queued = queued.values(
         queued_at=sa.func.coalesce(_d.queued_at, sa.literal(at, UtcDateTime())), urgency=urgency,
         publish_count=0, due_at=flow.deadline_at,
@@ -119,7 +122,6 @@ def settle(conn: Connection, key: str, definition: str, bounds: Bounds, first_pa
     recent = bounds.recent(log, at.timestamp())
     free = AT_ONCE
     if bounds.at_once is not None:
-        _free_paused(conn, key)
         free = min(AT_ONCE, max(0, bounds.at_once - _count(conn, key)))
     may_begin = free if bounds.starts is None else min(free, max(0, bounds.starts - len(recent)))
     given = _next(conn, key, free, may_begin)
@@ -137,23 +139,24 @@ def settle(conn: Connection, key: str, definition: str, bounds: Bounds, first_pa
 def _lock(conn: Connection, key: str, definition: str) -> list[float]:
     """Takes the limit's row, which is made if it is not there; gives when flows were let begin."""
     insert = postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert
-    made = insert(flow_limits).values(key=key, definition=definition, due_at=now(conn), recent_starts=[])
+    made = insert(flow_limits).values(key=key, definition=definition, due_at=NEVER_YET, recent_starts=[])
     locked = made.on_conflict_do_update(index_elements=["key"], set_={"definition": definition})
     starts: list[float] = conn.execute(locked.returning(_l.recent_starts)).scalar_one()
     return starts
 
 
 def _count(conn: Connection, key: str) -> int:
-    return conn.scalar(sa.select(sa.func.count()).where(_d.limit_key == key, _d.has_slot)) or 0
-
-
-def _free_paused(conn: Connection, key: str) -> None:
-    """A flow that was paused while nobody drove it is not at work, and cannot be claimed to free its slot."""
-    idle = sa.and_(_d.limit_key == key, _d.has_slot, _d.worker.is_(None), _d.open_members == 0)
-    paused = sa.select(_d.run_id).join(flows, flows.c.id == _d.flow_id).where(idle, flows.c.paused_at.isnot(None))
-    run_ids = conn.scalars(paused.with_for_update(of=flow_dispatch, skip_locked=True)).all()
-    if run_ids:
-        conn.execute(sa.update(flow_dispatch).where(_d.run_id.in_(run_ids)).values(has_slot=False))
+    """How many have a slot. A flow that was paused while nobody drove it is not at work, and cannot be claimed to free
+    its own: that is done here."""
+    held = sa.and_(_d.limit_key == key, _d.has_slot)
+    idle = sa.and_(held, _d.worker.is_(None), _d.open_members == 0, _PAUSED)
+    count, unused = conn.execute(sa.select(sa.func.count(), sa.func.count().filter(idle)).where(held)).one()
+    if not unused:
+        return int(count)
+    found = sa.select(_d.run_id).where(idle).with_for_update(of=flow_dispatch, skip_locked=True)
+    run_ids = conn.scalars(found).all()
+    conn.execute(sa.update(flow_dispatch).where(_d.run_id.in_(run_ids)).values(has_slot=False))
+    return int(count) - len(run_ids)
 
 
 def _next(conn: Connection, key: str, free: int, may_begin: int) -> Sequence[sa.Row[Any]]:
@@ -172,8 +175,7 @@ def _first(conn: Connection, key: str, limit: int, *where: sa.ColumnElement[bool
 
 
 def _queues(key: str) -> sa.ColumnElement[bool]:
-    paused = sa.exists().where(flows.c.id == _d.flow_id, flows.c.paused_at.isnot(None))
-    return sa.and_(_d.limit_key == key, _d.queued_at.isnot(None), ~paused)
+    return sa.and_(_d.limit_key == key, _IN_QUEUE, ~_PAUSED)
 
 
 def _give(conn: Connection, run_ids: Sequence[str], due_at: datetime) -> None:
@@ -187,8 +189,11 @@ def _look_again(conn: Connection, key: str, bounds: Bounds, recent: list[float],
     """Says when somebody must look again, ``pause`` seconds from now if somebody queues; or that the limit is out of
     use."""
     mine = _l.key == key
-    if conn.scalar(sa.select(_d.run_id).where(_queues(key)).limit(1)) is None:
-        if _is_used(conn, key):
+    of_key = sa.exists().where(_d.limit_key == key)
+    asked = sa.select(sa.exists().where(_queues(key)), of_key.where(_d.has_slot), of_key.where(_IN_QUEUE))
+    queues, holds, is_paused = conn.execute(asked).one()
+    if not queues:
+        if holds or is_paused:
             pause = IDLE_SECONDS
         elif recent:
             pause = recent[-1] + bounds.window_seconds - at.timestamp()
@@ -197,12 +202,6 @@ def _look_again(conn: Connection, key: str, bounds: Bounds, recent: list[float],
             return
     due_at = at + timedelta(seconds=pause)
     conn.execute(sa.update(flow_limits).where(mine).values(due_at=due_at, recent_starts=recent))
-
-
-def _is_used(conn: Connection, key: str) -> bool:
-    """Whether a flow has a slot, or queues, if only for being paused."""
-    used = sa.or_(_d.has_slot, _d.queued_at.isnot(None))
-    return conn.scalar(sa.select(_d.run_id).where(_d.limit_key == key, used).limit(1)) is not None
 
 
 # ---- who looks whether slots are free -------------------------------------------------------------------------------
@@ -221,7 +220,7 @@ def list_due(conn: Connection, definitions: Collection[str], limit: int) -> list
 def prune(conn: Connection) -> int:
     """Deletes limits that are out of use and that nobody has looked at for a day: no worker knows their definitions."""
     before = sa.literal(now(conn) - timedelta(seconds=FORGOTTEN_SECONDS), UtcDateTime())
-    used = sa.exists().where(_d.limit_key == _l.key, sa.or_(_d.has_slot, _d.queued_at.isnot(None)))
+    used = sa.exists().where(_d.limit_key == _l.key, sa.or_(_d.has_slot, _IN_QUEUE))
     return conn.execute(sa.delete(flow_limits).where(_l.due_at < before, ~used)).rowcount
 
 

@@ -216,9 +216,10 @@ def test_slots_of_a_schedule_are_limited_by_their_time(bench: Bench) -> None:
         connection.execute(
             sa.update(flow_heartbeats).where(flow_heartbeats.c.name == "schedule hourly").values(report=last)
         )
-    assert of_schedules.start_due(bench.runtime) == 1
-    ((flow_id, hour),) = bench.query(sa.select(flows.c.id, flows.c.input_json))
-    assert bench.rows(flow_id)[0].limit_key == f'["hourly", {datetime.fromisoformat(hour).hour}]'
+    assert of_schedules.start_due(bench.runtime) >= 1  # two, if the hour strikes just now
+    for flow_id, hour in bench.query(sa.select(flows.c.id, flows.c.input_json)):
+        assert bench.rows(flow_id)[0].limit_key == f'["hourly", {datetime.fromisoformat(hour).hour}]'
+    bench.work()
 
 
 # ---- no slot is lost ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from celery import Celery
 
 from celery_flows import FlowDefinition, Flows, Limit, Run
 from celery_flows.testing import FlowApp, Stuck, open_flow_app, run_inline
+from tests.integration.conftest import MakeBench
 
 MINUTE = timedelta(minutes=1)
 _numbers = itertools.count(1)
@@ -21,8 +22,8 @@ Limited = Callable[[Limit], tuple[FlowApp, FlowDefinition[str, str]]]
 
 
 @pytest.fixture
-def limited(engine_database: str) -> Iterator[Limited]:
-    """Makes an application with a limited flow, under test over each database."""
+def limited(engine_database: str, make_bench: MakeBench) -> Iterator[Limited]:
+    """Makes an application with a limited flow, under test over each database: emptied before, audited afterwards."""
     with ExitStack() as opened:
 
         def make(limit: Limit) -> tuple[FlowApp, FlowDefinition[str, str]]:

@@ -49,6 +49,7 @@ class Observer:
         self._before: Rows = {}
         self._consumed: dict[str, str] = {}
         self._drive_rows_gone: set[str] = set()
+        self._starts: dict[str, list[float]] = {}  # by limit: when flows were let begin
 
     def rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
         return list(self._connection.execute(query, parameters))
@@ -80,7 +81,7 @@ class Observer:
         self._check_count(now)
         self._check_rest(now)
         self._check_inbox(now)
-        self._check_limits(now)
+        self._check_limits(before, now)
 
     # (7) no claim before its time
     def _check_claim(self, actor: Actor, name: str, step: Call, before: Rows, now: Rows, answer: Any) -> None:
@@ -252,26 +253,31 @@ class Observer:
                 raise Violation(f"(10) flow {short(flow_id)} rests, its event lies there, and nobody will look")
 
     # (13) never more slots than the limit says, nor more starts. (14) while somebody queues, somebody will look
-    def _check_limits(self, now: Rows) -> None:
-        known = {row[0]: row[1:] for row in self.rows("SELECT key, definition, due_at, recent_starts FROM flow_limits")}
+    def _check_limits(self, before: Rows, now: Rows) -> None:
         held = Counter(row["limit_key"] for row in now.values() if row["has_slot"])
         for key, count in held.items():
-            bounds = self.bounds[json.loads(key)[0]]
-            if bounds.at_once is not None and count > bounds.at_once:
+            at_once = self.bounds[json.loads(key)[0]].at_once
+            if at_once is not None and count > at_once:
                 raise Violation(f"(13) {count} flows have a slot of {key}")
-        for definition, _, starts in known.values():
-            bounds = self.bounds[definition]
-            times = json.loads(starts)
-            pairs = zip(times, times[bounds.starts or 0 :], strict=False)
-            if bounds.starts is not None and any(last - first < bounds.window_seconds for first, last in pairs):
-                raise Violation(f"(13) more than {bounds.starts} of {definition} began within its window: {times}")
+        for run_id, row in now.items():
+            if row["has_slot"] and row["fence"] == 0 and not before.get(run_id, row)["has_slot"]:
+                self._note_start(row["limit_key"])
+        due = dict(self.rows("SELECT key, due_at FROM flow_limits"))
         for row in now.values():
             if row["queued_at"] is None or self._is_paused(row["flow_id"]):
                 continue
             soon = as_text(World.current.clock + timedelta(seconds=RATE_POLL_SECONDS))
-            looks = [row["due_at"], known.get(row["limit_key"], (None, None))[1]]
+            looks = row["due_at"], due.get(row["limit_key"])
             if not any(look is not None and look <= soon for look in looks):
                 raise Violation(f"(14) somebody queues, and nobody will look: {row}")
+
+    def _note_start(self, key: str) -> None:
+        starts, bounds = self._starts.setdefault(key, []), self.bounds[json.loads(key)[0]]
+        starts.append(World.current.boottime())
+        if bounds.starts is None or len(starts) <= bounds.starts:
+            return
+        if starts[-1] - starts[-1 - bounds.starts] < bounds.window_seconds:
+            raise Violation(f"(13) more than {bounds.starts} of {key} began within its window: {starts}")
 
     def _is_paused(self, flow_id: str) -> bool:
         return bool(self.rows("SELECT 1 FROM flows WHERE id = ? AND paused_at IS NOT NULL", flow_id))
