@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 from celery import Celery
 
-from celery_flows import FlowHandle, Flows, FlowStatus, Run
+from celery_flows import FlowHandle, Flows, FlowStatus, Limit, Run
 from celery_flows.store import dispatch, health, schema
 from celery_flows.store import operations as op
 from celery_flows.store.schema import VERSION_TABLE
@@ -335,6 +335,26 @@ def test_work_that_kills_its_workers_is_found_and_so_is_what_was_given_up(bench:
     assert found(bench, "lost") == [f"1 flows: {handle.id}"]
     backdate(bench, flows, "rest_at", days=2)
     assert found(bench, "lost") == []
+
+
+def test_flows_that_queue_for_a_slot_for_long_are_a_notice(bench: Bench) -> None:
+    @bench.task("work")
+    def work() -> None: ...
+
+    @bench.flows.flow("limited", limit=Limit(1))
+    def limited(run: Run) -> None:
+        run.step(work)
+
+    handles = [limited.start() for _ in range(3)]
+    for handle in handles:
+        bench.drive(handle.id)
+    assert found(bench, "queued") == []
+    with bench.store.engine.begin() as connection:
+        queued = sa.update(flow_dispatch).where(flow_dispatch.c.queued_at.isnot(None))
+        connection.execute(queued.values(queued_at=datetime.fromisoformat("2020-01-01T00:00:00+00:00")))
+    (about,) = found(bench, "queued")
+    assert about.startswith("2 of 'limited', the first for ")
+    bench.work()
 
 
 # ---- how it is told -------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_a_stale_drivers_wait_join_and_end_are_refused(
 
     def flow(run: Run, moment: str) -> int:
         if moment == "waiting":
-            run.sleep(timedelta(milliseconds=1))
+            run.sleep(timedelta(milliseconds=300))
         if moment == "failed":
             raise ValueError("failed")
         if moment == "step_scheduled":
