@@ -169,9 +169,12 @@ def test_what_is_no_schedule_is_refused(every: Any) -> None:
         made(every)
 
 
-@pytest.mark.parametrize(
-    "options", [{"catch_up": "yes"}, {"overlap": "queue"}, {"catch_up": None}, {"catch_up": "none", "overlap": "wait"}]
-)
+def test_slots_that_wait_are_made_up_for() -> None:
+    with pytest.raises(InvalidData, match=r"flow nightly: has slots that wait, .* must be last or all"):
+        made(60, "none", "wait")
+
+
+@pytest.mark.parametrize("options", [{"catch_up": "yes"}, {"overlap": "queue"}, {"catch_up": None}])
 def test_unknown_policies_are_refused(options: Any) -> None:
     with pytest.raises(InvalidData, match=r"flow nightly: \w+ must be one of "):
         made(DAILY, **options)
