@@ -24,6 +24,7 @@ from celery_flows.store import (
     StoreError,
 )
 from celery_flows.tasks.approval import Approval
+from celery_flows.tasks.awaited import Decision, Event, Timer
 from celery_flows.tasks.errors import (
     FlowCancelled,
     FlowFailed,
@@ -36,20 +37,27 @@ from celery_flows.tasks.errors import (
     UnknownFlow,
     WaitTimedOut,
 )
+from celery_flows.tasks.gather import First
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.limit import Limit
 from celery_flows.tasks.options import step
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.retry import Permanent, Retry
 from celery_flows.tasks.run import Run
+from celery_flows.tasks.run_async import AsyncRun
 from celery_flows.tasks.settings import FlowSettings
 from celery_flows.worker.flows import Flows
 
 __all__ = [
     "AlreadyTerminal",
     "Approval",
+    "AsyncRun",
     "CancelPending",
+    "Decision",
     "DuplicateFlow",
     "DuplicateStep",
+    "Event",
+    "First",
     "Flow",
     "FlowCancelled",
     "FlowDefinition",
@@ -70,6 +78,7 @@ __all__ = [
     "IllegalTransition",
     "InvalidData",
     "KeyConflict",
+    "Limit",
     "Permanent",
     "ResultTimedOut",
     "Retry",
@@ -82,6 +91,7 @@ __all__ = [
     "StepLost",
     "StepTimedOut",
     "StoreError",
+    "Timer",
     "UnknownFlow",
     "WaitTimedOut",
     "step",

@@ -14,10 +14,9 @@ from sqlalchemy import Connection
 
 from celery_flows.store.changes import ORDER
 from celery_flows.store.fold import FLOW_FIELDS, STEP_FIELDS, Fold, Ranges, differing
-from celery_flows.store.models import TERMINAL, Flow, FlowEvent, FlowStatus, FlowStep
-from celery_flows.store.operations import get_flow, reads, reads_snapshot
+from celery_flows.store.models import TERMINAL, Flow, FlowStatus, FlowStep
+from celery_flows.store.operations import each_event, get_flow, reads, reads_snapshot
 from celery_flows.store.tables import (
-    EVENT_COLUMNS,
     UtcDateTime,
     flow_dispatch,
     flow_events,
@@ -28,7 +27,7 @@ from celery_flows.store.tables import (
 P = ParamSpec("P")
 T = TypeVar("T")
 
-FLOW_PAGE, EVENT_PAGE = 200, 1000
+FLOW_PAGE = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,7 @@ def take_snapshot(conn: Connection, flow_id: UUID) -> Snapshot | None:
     dispatch = sa.select(*(flow_dispatch.c[name] for name in ("run_id", "kind", "fence", "open_members")))
     dispatch = dispatch.where(flow_dispatch.c.flow_id == flow_id)
     fold, was_driven = Fold(), False
-    for event in _events(conn, flow_id):
+    for event in each_event(conn, flow_id):
         fold.add(event)
         was_driven = was_driven or (event.kind == "created" and event.payload_json.get("driven") is True)
     return Snapshot(
@@ -156,22 +155,6 @@ def take_snapshot(conn: Connection, flow_id: UUID) -> Snapshot | None:
         dispatch={run_id: Dispatched(*row) for run_id, *row in conn.execute(dispatch)},
         was_driven=was_driven,
     )
-
-
-def _events(conn: Connection, flow_id: UUID) -> Iterator[FlowEvent]:
-    last = 0
-    while True:
-        page = conn.execute(
-            sa.select(*EVENT_COLUMNS)
-            .where(flow_events.c.flow_id == flow_id, flow_events.c.id > last)
-            .order_by(flow_events.c.id)
-            .limit(EVENT_PAGE)
-        ).mappings()
-        events = [FlowEvent.of_row(row) for row in page]
-        yield from events
-        if len(events) < EVENT_PAGE:
-            return
-        last = events[-1].id
 
 
 def findings(snapshot: Snapshot) -> Iterator[Finding]:

@@ -69,6 +69,7 @@ class Member:
     priority: int | None = None
     options: Mapping[str, Any] | None = None  # of the message: time limits
     child: Flow | None = None
+    limit_key: str | None = None  # of the child
     id: UUID = field(default_factory=new_id)
 
     @property
@@ -98,12 +99,14 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Park:
-    """Give the drive row back until ``due_at`` (None: until somebody wakes it), unless it was woken since ``wakes``."""
+    """Give the drive row back until ``due_at`` (None: until somebody wakes it), unless it was woken since ``wakes``.
+    The slot of a limited flow is freed, unless it waits for its own steps, or goes on at once."""
 
     holder: Holder
     wakes: int
     due_at: datetime | None = None
     join: Join | None = None
+    keeps_slot: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,7 @@ class Drive:
     first_pause: float = 0.0  # seconds before the sweep publishes it (again)
     parent_run_id: str | None = None  # of a child: which step of its parent it is
     due_at: datetime | None = None  # when the sweep publishes it, in place of a pause
+    limit_key: str | None = None  # of a limited flow: what it shares the limit with
     published: bool = True  # its message is sent after the commit; else nobody can claim it before it is due
 
 

@@ -39,7 +39,8 @@ class DriveClaim:
     join_group: int
     queue: str | None
     parent_run_id: str | None  # of a child flow: the step that it is of its parent
-    began: bool  # nobody claimed it before, so there is no history
+    limit_key: str | None  # of a limited flow
+    began: bool  # nobody claimed it before, and it took nothing over, so there is no history
     now: datetime  # the database's clock
 
 
@@ -55,6 +56,16 @@ class StepClaim:
     cancel_requested: bool
     owner: str
     definition: str
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A row that somebody holds."""
+
+    run_id: str
+    flow_id: UUID
+    kind: str
+    worker: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +112,8 @@ class Swept:
 def claim_drive(
     conn: Connection, flow_id: UUID, worker: str, lease_seconds: float, *, repeat: bool = False
 ) -> DriveClaim | None:
-    """Takes the drive row of an open flow that is due or was published; None: a duplicate message, forget it.
+    """Takes the drive row of an open flow that is due or was published; None: a duplicate message, forget it, or a
+    limited flow without a slot (see ``limits.py``). Who is to be cancelled, or past its deadline, needs none.
 
     ``repeat`` lets a claim whose reply was lost recognise its own token.
     """
@@ -117,9 +129,15 @@ def claim_drive(
         join_group=row["join_group"],
         queue=row["queue"],
         parent_run_id=row["parent_run_id"],
-        began=row["was"] == "created" and row["fence"] == 1,
+        limit_key=row["limit_key"],
+        began=row["was"] == "created" and row["fence"] == 1 and row["forked_from"] is None,
         now=row["now"],
     )
+
+
+def is_claimable(at: datetime) -> sa.ColumnElement[bool]:
+    """Whether a row that nobody holds is due, or was published."""
+    return sa.or_(_d.due_at <= sa.literal(at, UtcDateTime()), _d.publish_count > 0)
 
 
 @writes_once
@@ -201,6 +219,18 @@ def list_holders(conn: Connection, prefix: str) -> list[str]:
     return list(conn.scalars(sa.select(_d.worker).where(_d.worker.startswith(prefix, autoescape=True)).distinct()))
 
 
+@reads
+def list_to_stop(conn: Connection, workers: Sequence[str]) -> list[Held]:
+    """Of the rows that claims with these tokens hold, those whose flows are to end: cancel was requested, or their
+    deadline has passed."""
+    flow = flows.c
+    is_late = sa.and_(flow.deadline_at <= _in(conn, 0), flow.paused_at.is_(None))
+    held = sa.and_(_d.worker.isnot(None), _d.worker.in_(workers))  # IS NOT NULL for the index, which is partial
+    joined = sa.join(flow_dispatch, flows, flow.id == _d.flow_id)
+    asked = sa.select(_d.run_id, _d.flow_id, _d.kind, _d.worker).select_from(joined)
+    return [Held(*row) for row in conn.execute(asked.where(held, sa.or_(flow.cancel_requested, is_late)))]
+
+
 @writes
 def hand_back_all(conn: Connection, workers: Sequence[str]) -> int:
     """Gives back unharmed, to be published now, all rows that claims with these tokens hold: their worker is stopping,
@@ -239,6 +269,7 @@ def park(conn: Connection, what: Park) -> bool:
             worker=None,
             publish_count=0,
             due_at=case((woken, _in(conn, 0)), else_=sa.literal(what.due_at, UtcDateTime())),
+            has_slot=sa.and_(_d.has_slot, sa.or_(sa.literal(what.keeps_slot), woken)),
         )
         .returning(_d.wakes)
     )
@@ -248,9 +279,11 @@ def park(conn: Connection, what: Park) -> bool:
 
 @writes_once
 def hand_back(conn: Connection, holder: Holder, delay_seconds: float = 0.0) -> bool:
-    """Gives a row back unharmed, to be published in ``delay_seconds``: a worker that stops, a task it does not know."""
+    """Gives a row back unharmed, to be published in ``delay_seconds``: a worker that stops, a task it does not know.
+    A limited flow that is to go on at once keeps its slot, as after a crash."""
     given = sa.update(flow_dispatch).where(_held(holder))
-    given = given.values(worker=None, publish_count=0, due_at=_in(conn, delay_seconds))
+    freed = {"has_slot": False} if delay_seconds else {}
+    given = given.values(worker=None, publish_count=0, due_at=_in(conn, delay_seconds), **freed)
     return conn.execute(given).rowcount > 0
 
 

@@ -26,7 +26,7 @@ STEP_FIELDS = tuple(name for name in FlowStep.model_fields if name != "flow_id")
 TELL_OF_STEPS = frozenset(
     {
         "step_scheduled", "step_started", "step_succeeded", "step_failed", "step_retrying", "step_cancelled",
-        "step_observed", "waiting", "resumed", "state_updated",
+        "step_observed", "step_taken_over", "waiting", "resumed", "state_updated",
     }
 )  # fmt: skip
 
@@ -120,11 +120,13 @@ class Fold:
         if not self._follows(event, run_id):
             self.torn.setdefault(run_id, event.kind)
         row = self.steps.setdefault(run_id, {"run_id": run_id, "created_at": event.at - ran})
-        row |= {**told, "updated_at": event.at}
+        row |= {"updated_at": event.at, **told}  # a step that was taken over brings its times
 
     def _follows(self, event: FlowEvent, run_id: str) -> bool:
         """Whether a step's event can come next. One that brings the step's id tells all of it, so it may come first."""
         told, known = event.payload_json["step"], self.steps.get(run_id, {})
+        if event.kind == "step_taken_over":
+            return not known
         if event.kind == "step_scheduled":
             self.fences[run_id] = 0
         elif event.kind == "step_started":

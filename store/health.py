@@ -107,6 +107,23 @@ def list_refused(conn: Connection, error_type: str) -> list[tuple[UUID, str, str
     return [(row[0], row[1], row[2]["message"]) for row in rows if row[2].get("type") == error_type]
 
 
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Flows of a definition that have queued for a slot for long."""
+
+    definition: str
+    count: int
+    since: datetime  # the one that has done so for the longest
+
+
+@reads
+def list_queued(conn: Connection, seconds: float) -> list[Queue]:
+    """Flows that have queued for a slot of their limit for longer than this, by definition."""
+    before = sa.literal(now(conn) - timedelta(seconds=seconds), UtcDateTime())
+    asked = sa.select(_d.task, sa.func.count(), sa.func.min(_d.queued_at)).where(_d.queued_at < before, ~_PAUSED)
+    return [Queue(*row) for row in conn.execute(asked.group_by(_d.task).order_by(_d.task))]
+
+
 def _grouped(conn: Connection, where: sa.ColumnElement[bool], *, by_task: bool = True) -> list[Group]:
     by = [_d.queue, _d.task] if by_task else [_d.queue]
     rows = conn.execute(sa.select(sa.func.count(), *by).where(where).group_by(*by).order_by(*by))

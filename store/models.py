@@ -117,6 +117,7 @@ class Flow(Record):
     paused_at: datetime | None = None  # while set, no worker drives the flow
     finished_at: datetime | None = None  # set with every terminal status
     continued_as: UUID | None = None  # the flow that goes on for this one, with a fresh history
+    forked_from: UUID | None = None  # the flow whose first steps this one has taken over
 
     @field_validator("controller_id", "owner_session_key")
     @classmethod

@@ -5,7 +5,7 @@ A decorator says how an operation is run; ``script.py`` carries it out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from enum import Enum
 from types import ModuleType
@@ -176,25 +176,34 @@ def list_by_status(
 
 
 @reads
-def list_recent(
+def search_flows(
     conn: Connection,
     *,
-    status: FlowStatus | None,
-    owner: str | None,
-    definition: str | None,
-    limit: int,
-    after: Flow | None,
+    owner: str | None = None,
+    status: FlowStatus | None = None,
+    definition: str | None = None,
+    key: str | None = None,
+    created_after: datetime | None = None,
+    created_before: datetime | None = None,
+    limit: int = 100,
+    after: Flow | None = None,
 ) -> list[Flow]:
-    """Flows by any of status, owner and definition, newest first."""
+    """Flows that fit all that is given, newest first: each of it has an index that ends in this order."""
+    f = flows.c
     given = (
-        (flows.c.status, status and status.value),
-        (flows.c.owner_session_key, owner),
-        (flows.c.controller_id, definition),
+        (f.owner_session_key, owner),
+        (f.status, status and status.value),
+        (f.controller_id, definition),
+        (f.idempotency_key, key),
     )
     query = sa.select(*FLOW_COLUMNS).where(*(column == value for column, value in given if value is not None))
+    if created_after is not None:
+        query = query.where(f.created_at >= sa.literal(created_after, UtcDateTime()))
+    if created_before is not None:
+        query = query.where(f.created_at < sa.literal(created_before, UtcDateTime()))
     if after is not None:
-        query = query.where(_keyset(flows.c.created_at, flows.c.id) < _key(after.created_at, after.id))
-    return _flows(conn, query.order_by(flows.c.created_at.desc(), flows.c.id.desc()), limit)
+        query = query.where(_keyset(f.created_at, f.id) < _key(after.created_at, after.id))
+    return _flows(conn, query.order_by(f.created_at.desc(), f.id.desc()), limit)
 
 
 def _keyset(column: sa.Column[Any], id_column: sa.Column[Any]) -> Any:
@@ -243,7 +252,10 @@ def change_with_children(conn: Connection, change: Change) -> tuple[Flow, int | 
     """
     for member in change.members:
         if member.child is not None:
-            drive = Drive(member.task, member.queue, member.priority, change.first_pause, member.run_id)
+            drive = Drive(
+                member.task, member.queue, member.priority, change.first_pause, member.run_id,
+                limit_key=member.limit_key,
+            )  # fmt: skip
             create_flow(conn, member.child, {}, drive)
     return change_flow(conn, change)
 
@@ -403,6 +415,26 @@ def list_events(conn: Connection, flow_id: UUID, limit: int | None, after: FlowE
         query = query.where(flow_events.c.id < after.id)
     rows = _limited(conn, query.order_by(flow_events.c.id.desc()), limit)
     return [FlowEvent.of_row(row) for row in rows]
+
+
+EVENT_PAGE = 1000
+
+
+def each_event(conn: Connection, flow_id: UUID) -> Iterator[FlowEvent]:
+    """All events of a flow, oldest first, in pages; for a transaction that sees one moment."""
+    last = 0
+    while True:
+        page = conn.execute(
+            sa.select(*EVENT_COLUMNS)
+            .where(flow_events.c.flow_id == flow_id, flow_events.c.id > last)
+            .order_by(flow_events.c.id)
+            .limit(EVENT_PAGE)
+        ).mappings()
+        events = [FlowEvent.of_row(row) for row in page]
+        yield from events
+        if len(events) < EVENT_PAGE:
+            return
+        last = events[-1].id
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------

@@ -154,8 +154,8 @@ def _members_sql(count: int) -> list[str]:
     ]
 
 
-# A row that was neither published nor claimed yet is a delayed start: only a cancel brings it forward.
-_MAY_BEGIN = "d.fence > 0 OR d.publish_count > 0 OR d.task IS NULL"
+# A row that was neither published, queued nor claimed yet is a delayed start: only a cancel brings it forward.
+_MAY_BEGIN = "d.fence > 0 OR d.publish_count > 0 OR d.queued_at IS NOT NULL OR d.task IS NULL"
 
 
 def _drive_sql(drive: type[Any], forgive: bool, joins: bool) -> list[str]:
@@ -188,6 +188,7 @@ def _drive_sql(drive: type[Any], forgive: bool, joins: bool) -> list[str]:
         after_members = ", (SELECT count(*) AS c FROM m) ms" if joins else ""
         return [
             f"""w AS (UPDATE flow_dispatch d SET worker = NULL, publish_count = 0, {join} {crash}
+                  has_slot = d.has_slot AND (CAST(:keeps_slot AS boolean) OR d.wakes <> :wakes),
                   due_at = CASE WHEN d.wakes = :wakes THEN {param("due_at", "timestamptz")} ELSE {NOW} END
                 FROM u{after_members} WHERE d.run_id = CAST(u.id AS text) AND d.fence = :fence)"""
         ]
@@ -234,6 +235,7 @@ def _change_parameters(what: Change, columns: Mapping[str, Any]) -> dict[str, An
         values |= {"due_at": what.drive.due_at, "at_once": what.drive.at_once}
     if isinstance(what.drive, Park):
         values |= {"wakes": what.drive.wakes, "due_at": what.drive.due_at, "fence": what.drive.holder.fence}
+        values["keeps_slot"] = what.drive.keeps_slot
         if (join := what.drive.join) is not None:
             values |= {"inserted": len(what.members), "group": join.group, "good": join.good, "bad": join.bad}
     return values
@@ -258,10 +260,10 @@ _NEW = ", ".join(f"{param(c.name, _TYPES[c.name])}" for c in FLOW_COLUMNS)
 @lru_cache(maxsize=2)
 def _create_statement(driven: bool) -> sa.TextClause:
     drive = f""", d AS (INSERT INTO flow_dispatch
-          (run_id, flow_id, kind, task, queue, priority, due_at, publish_count, parent_run_id)
+          (run_id, flow_id, kind, task, queue, priority, due_at, publish_count, parent_run_id, limit_key)
         SELECT CAST(u.id AS text), u.id, 'drive', :d_task, :d_queue, CAST(:d_priority AS smallint),
           coalesce(CAST(:d_due AS timestamptz), {AFTER.format("d_pause")}), CAST(:d_published AS integer),
-          CAST(:d_parent AS text) FROM u)"""
+          CAST(:d_parent AS text), CAST(:d_limit AS text) FROM u)"""
     return sa.text(
         f"""WITH u AS (INSERT INTO flows ({_FLOW}, rest_at, wait_key)
               SELECT {_NEW}, {NOW}, :wait_key ON CONFLICT DO NOTHING RETURNING id, revision, created_at),
@@ -287,11 +289,15 @@ def create(conn: Connection, flow: Flow, kind: str, told: str, wait_key: str | N
             "d_due": drive.due_at,
             "d_published": int(drive.published),
             "d_parent": drive.parent_run_id,
+            "d_limit": drive.limit_key,
         }
     return conn.scalar(_create_statement(drive is not None), values)
 
 
-_EACH = {"id": "uuid", "key": "text", "input": "jsonb", "due": "timestamptz", "pause": "float8", "published": "int4"}
+_EACH = {
+    "id": "uuid", "key": "text", "input": "jsonb", "due": "timestamptz", "pause": "float8", "published": "int4",
+    "limit_key": "text",
+}  # fmt: skip
 _OF_EACH = {"id": "i.id", "idempotency_key": "i.key", "input_json": "i.input", "created_at": NOW, "updated_at": NOW}
 
 
@@ -308,9 +314,10 @@ def _create_many_statement() -> sa.TextClause:
               SELECT u.id, u.revision, 'created', told.payload || jsonb_build_object('set', told.payload -> 'set'
                 || jsonb_build_object('input_json', i.input, 'idempotency_key', i.key)), u.created_at, u.id
               FROM u JOIN i ON i.id = u.id, told ORDER BY i.n),
-            d AS (INSERT INTO flow_dispatch (run_id, flow_id, kind, task, queue, priority, due_at, publish_count)
+            d AS (INSERT INTO flow_dispatch
+                (run_id, flow_id, kind, task, queue, priority, due_at, publish_count, limit_key)
               SELECT CAST(u.id AS text), u.id, 'drive', :d_task, :d_queue, CAST(:d_priority AS smallint),
-                coalesce(i.due, {NOW} + make_interval(secs => i.pause)), i.published
+                coalesce(i.due, {NOW} + make_interval(secs => i.pause)), i.published, i.limit_key
               FROM u JOIN i ON i.id = u.id ORDER BY i.n)
             SELECT id FROM u"""
     )
@@ -326,6 +333,7 @@ def create_many(conn: Connection, template: Flow, told: str, new: Sequence[NewFl
         "i_due": [each.drive.due_at for each in new],
         "i_pause": [each.drive.first_pause for each in new],
         "i_published": [int(each.drive.published) for each in new],
+        "i_limit_key": [each.drive.limit_key for each in new],
     }
     return conn.execute(_create_many_statement(), values).scalars().all()
 
@@ -345,11 +353,14 @@ _TAKE = f"""fence = d.fence + 1, worker = :worker, due_at = {AFTER.format("lease
     crash_count = d.crash_count + CASE WHEN d.worker IS NULL OR d.worker = :worker THEN 0 ELSE 1 END"""
 
 _CLAIM_DRIVE = sa.text(
-    f"""WITH f AS (SELECT id, status AS was FROM flows
+    f"""WITH f AS (SELECT id, status AS was, cancel_requested OR coalesce(deadline_at <= {NOW}, false) AS ends
+          FROM flows
           WHERE id = :flow_id AND status IN ('created', 'running', 'waiting') AND paused_at IS NULL FOR NO KEY UPDATE),
-        d AS (UPDATE flow_dispatch d SET {_TAKE} FROM f
+        d AS (UPDATE flow_dispatch d SET {_TAKE}, queued_at = NULL, urgency = NULL FROM f
           WHERE d.run_id = CAST(f.id AS text) AND d.task IS NOT NULL AND {_CLAIMABLE}
-          RETURNING d.flow_id, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue, d.parent_run_id),
+            AND (d.limit_key IS NULL OR d.has_slot OR f.ends)
+          RETURNING d.flow_id, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue, d.parent_run_id,
+            d.limit_key),
         u AS (UPDATE flows SET status = CASE WHEN cancel_requested THEN status ELSE 'running' END,
             wait_json = CASE WHEN cancel_requested THEN wait_json END,
             wait_key = CASE WHEN cancel_requested THEN wait_key END,
@@ -362,7 +373,7 @@ _CLAIM_DRIVE = sa.text(
               'worker', CAST(:worker AS text), 'fence', d.fence), u.updated_at
           FROM u, d, f)
         SELECT u.*, f.was, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue, d.parent_run_id,
-          {NOW} AS now
+          d.limit_key, {NOW} AS now
         FROM u, d, f"""
 ).columns(*FLOW_COLUMNS)
 

@@ -39,12 +39,13 @@ class Seen:
 
 @writes
 def start_due(
-    conn: Connection, name: str, due: Due, flow_at: Callable[[datetime], Flow], drive: Drive, overlap: Overlap
+    conn: Connection, name: str, due: Due, flow_at: Callable[[datetime], tuple[Flow, Drive]], overlap: Overlap
 ) -> Seen:
     """Starts a flow for each slot that is due, all in one transaction.
 
     Args:
         due: says which slots are.
+        flow_at: makes the flow of a slot, and its drive row.
         overlap: while the flow of the last slot is open, a slot has one all the same, or is passed over, or waits: then
             it and what comes after it is not seen to yet.
     """
@@ -62,7 +63,7 @@ def start_due(
                 break
             seen.skipped.append(slot)
             continue
-        flow = flow_at(slot)
+        flow, drive = flow_at(slot)
         begins = drive if slot <= at else replace(drive, due_at=slot, published=False)
         if create_flow(conn, flow, {"slot": slot.isoformat()}, begins):
             (seen.started if begins.published else seen.held_back).append(flow.id)

@@ -187,8 +187,8 @@ def _settle_drive_row(conn: Connection, what: Change, at: datetime, cancels: boo
 
 
 def _due_if_free(at: datetime, cancels: bool) -> Any:
-    # A row that was neither published nor claimed yet is a delayed start: only a cancel brings it forward.
-    may_begin = or_(literal(cancels), _d.fence > 0, _d.publish_count > 0, _d.task.is_(None))
+    # A row that was neither published, queued nor claimed yet is a delayed start: only a cancel brings it forward.
+    may_begin = or_(literal(cancels), _d.fence > 0, _d.publish_count > 0, _d.queued_at.isnot(None), _d.task.is_(None))
     return case((and_(_d.worker.is_(None), may_begin), at), else_=_d.due_at)
 
 
@@ -197,6 +197,7 @@ def _park(conn: Connection, what: Change, park: Park, at: datetime) -> None:
         "worker": None,
         "publish_count": 0,
         "due_at": case((_d.wakes == park.wakes, sa.literal(park.due_at, UtcDateTime())), else_=at),
+        "has_slot": and_(_d.has_slot, or_(literal(park.keeps_slot), _d.wakes != park.wakes)),
     }
     if what.forgive:
         values["crash_count"] = 0
@@ -291,6 +292,7 @@ def _drive_row(flow_id: UUID, drive: Drive, at: datetime) -> dict[str, Any]:
         "due_at": drive.due_at or at + timedelta(seconds=drive.first_pause),
         "publish_count": int(drive.published),
         "parent_run_id": drive.parent_run_id,
+        "limit_key": drive.limit_key,
     }
 
 
@@ -308,7 +310,9 @@ def _claimable(at: datetime, worker: str, repeat: bool) -> sa.ColumnElement[bool
     return or_(claimable, _d.worker == worker) if repeat else claimable
 
 
-def _take(conn: Connection, where: sa.ColumnElement[bool], at: datetime, worker: str, lease: float) -> Row | None:
+def _take(
+    conn: Connection, where: sa.ColumnElement[bool], at: datetime, worker: str, lease: float, **more: Any
+) -> Row | None:
     crashed = case((or_(_d.worker.is_(None), _d.worker == worker), 0), else_=1)
     return (
         conn.execute(
@@ -320,6 +324,7 @@ def _take(conn: Connection, where: sa.ColumnElement[bool], at: datetime, worker:
                 due_at=at + timedelta(seconds=lease),
                 publish_count=0,
                 crash_count=_d.crash_count + crashed,
+                **more,
             )
             .returning(*flow_dispatch.c)
         )
@@ -332,7 +337,13 @@ def claim_drive(conn: Connection, flow_id: UUID, worker: str, lease: float, repe
     at = now(conn)
     flow = (
         conn.execute(
-            sa.select(flows.c.status, flows.c.cancel_requested, flows.c.wait_json, flows.c.wait_key).where(
+            sa.select(
+                flows.c.status,
+                flows.c.cancel_requested,
+                flows.c.wait_json,
+                flows.c.wait_key,
+                or_(flows.c.cancel_requested, func.coalesce(flows.c.deadline_at <= at, False)).label("ends"),
+            ).where(
                 flows.c.id == flow_id,
                 flows.c.status.in_([status.value for status in OPEN]),
                 flows.c.paused_at.is_(None),
@@ -343,8 +354,9 @@ def claim_drive(conn: Connection, flow_id: UUID, worker: str, lease: float, repe
     )
     if flow is None:
         return None
-    mine = and_(_d.run_id == str(flow_id), _d.task.isnot(None), _claimable(at, worker, repeat))
-    row = _take(conn, mine, at, worker, lease)
+    may_work = or_(_d.limit_key.is_(None), _d.has_slot, literal(bool(flow["ends"])))
+    mine = and_(_d.run_id == str(flow_id), _d.task.isnot(None), _claimable(at, worker, repeat), may_work)
+    row = _take(conn, mine, at, worker, lease, queued_at=None, urgency=None)
     if row is None:
         return None
     keeps = flow["cancel_requested"]

@@ -35,9 +35,15 @@ terminal closes its open steps and deletes all its rows.
 
 ``flow_heartbeats`` has a row for each chore: when somebody last did it, how often somebody should, and what came of it.
 
+``flow_limits`` has a row for each limit that is in use; its lock lets one at a time give slots. Who has a slot, and who
+queues for one, stands in the drive rows alone: ``limit_key`` says which limit a flow is under, for good; ``has_slot``
+that it may be claimed; ``queued_at`` and ``urgency`` its place in the queue. Slots are given under that lock, and freed
+by whoever may write the drive row. ``due_at`` is when somebody must look again, ``recent_starts`` when flows were let
+begin within the limit's last stretch of time, as seconds since 1970.
+
 Who writes: ``operations.py`` (records), ``dispatch.py`` (claims, transitions, completions), ``inbox.py`` (events),
-``children.py`` (child flows), ``health.py`` (heartbeats), each through ``postgresql.py`` or ``sqlite.py`` where the two
-differ.
+``children.py`` (child flows), ``limits.py`` (slots), ``health.py`` (heartbeats), each through ``postgresql.py`` or
+``sqlite.py`` where the two differ.
 
 No index may name a column that the record of a step changes (``revision``, ``current_step``, ``updated_at``), not even
 a partial one: PostgreSQL could then not update the row in place (HOT). Hence ``rest_at``, equal to ``updated_at`` but
@@ -159,14 +165,19 @@ flows = sa.Table(
     sa.Column("paused_at", UtcDateTime()),
     sa.Column("finished_at", UtcDateTime()),
     sa.Column("continued_as", sa.Uuid()),
+    sa.Column("forked_from", sa.Uuid()),
     # Derived, so in no record and in no event:
     sa.Column("rest_at", UtcDateTime(), nullable=False),  # updated_at, but for records of a running flow
     sa.Column("wait_key", sa.Text()),  # what external events are matched by
     _one_of("status", FlowStatus, "status"),
     _one_of("mode", FlowMode, "mode"),
+    sa.Index(None, "created_at", "id"),
     sa.Index(None, "owner_session_key", "created_at", "id"),
+    sa.Index(None, "controller_id", "created_at", "id"),
+    sa.Index(None, "status", "created_at", "id"),
     sa.Index(None, "status", "rest_at", "id"),
     sa.UniqueConstraint("controller_id", "idempotency_key"),
+    _partial("ix_flows_idempotency_key", "idempotency_key IS NOT NULL", "idempotency_key"),
     _partial("ix_flows_finished_at", "finished_at IS NOT NULL", "finished_at"),
     _partial("ix_flows_wait_key", "wait_key IS NOT NULL", "wait_key", "rest_at", "id"),
     _partial("ix_flows_parent_flow_id", "parent_flow_id IS NOT NULL", "parent_flow_id"),
@@ -233,10 +244,16 @@ flow_dispatch = sa.Table(
     sa.Column("join_good", sa.Integer(), nullable=False, server_default="0"),
     sa.Column("join_bad", sa.Integer(), nullable=False, server_default="0"),
     sa.Column("parent_run_id", sa.Text()),  # of a child flow's drive row: the step that it is of its parent
+    sa.Column("limit_key", sa.Text()),
+    sa.Column("has_slot", sa.Boolean(), nullable=False, server_default=sa.false()),
+    sa.Column("queued_at", UtcDateTime()),
+    sa.Column("urgency", sa.SmallInteger()),  # low first: the priority, as the broker has it
     _one_of("kind", DISPATCH_KINDS, "kind"),
     _partial("ix_flow_dispatch_due_at", "due_at IS NOT NULL", "due_at"),
     sa.Index("ix_flow_dispatch_flow_id", "flow_id"),
     _partial("ix_flow_dispatch_worker", "worker IS NOT NULL", "worker"),
+    _partial("ix_flow_dispatch_has_slot", "has_slot", "limit_key"),
+    _partial("ix_flow_dispatch_queued_at", "queued_at IS NOT NULL", "limit_key", "urgency", "queued_at"),
 )
 
 flow_inbox = sa.Table(
@@ -263,6 +280,16 @@ flow_heartbeats = sa.Table(
     sa.Column("at", UtcDateTime(), nullable=False),
     sa.Column("every_seconds", sa.Double(), nullable=False),
     sa.Column("report", Json, nullable=False),
+)
+
+flow_limits = sa.Table(
+    "flow_limits",
+    metadata,
+    sa.Column("key", sa.Text(), primary_key=True),
+    sa.Column("definition", sa.Text(), nullable=False),
+    sa.Column("due_at", UtcDateTime(), nullable=False),
+    sa.Column("recent_starts", Json, nullable=False),
+    sa.Index(None, "due_at"),
 )
 
 FLOW_COLUMNS = tuple(c for c in flows.c if c.name not in ("rest_at", "wait_key"))  # the columns of a Flow

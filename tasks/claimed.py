@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, NoReturn, TypeVar
@@ -11,12 +11,13 @@ from typing import Any, NoReturn, TypeVar
 from celery import Celery
 
 from celery_flows.store import FlowNotFound, FlowStep, LeaseLost, RevisionMismatch, StoreError, dispatch
-from celery_flows.store.changes import Change, Park, StepWrite
+from celery_flows.store.changes import Change, Member, Park, StepWrite
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import DriveClaim
 from celery_flows.store.models import TERMINAL
 from celery_flows.tasks.errors import FlowCancelled, FlowTimedOut
 from celery_flows.tasks.lease import let_go, surely_held
+from celery_flows.tasks.loop import Loop
 from celery_flows.tasks.options import StepOptions
 from celery_flows.tasks.replay import Suspended
 from celery_flows.tasks.runtime import Runtime
@@ -43,6 +44,7 @@ class Claimed:
         self.cancel_requested = claim.flow.cancel_requested
         self.open_members = claim.open_members
         self.is_paused = False
+        self.is_cleaning = False  # the function was told that the flow is cancelled or late; or it has failed
         self._by_position: dict[int, FlowStep] | None = None  # made from the history when it is asked for
         self.timed_out: FlowTimedOut | None = None  # the deadline has passed, and the flow has been told
         self.kept_from_going_on = claim.flow.error_json is not None
@@ -50,6 +52,8 @@ class Claimed:
         self.is_over = False  # nothing more may be done under this claim
         self.interruption: BaseException | None = None  # what a step raised that ends more than the step
         self.is_due_again = False
+        self.loop = Loop()
+        self.kept_slot = False  # a limited flow keeps its slot beyond this claim
         self._lease_until = asked_at + runtime.settings.lease_seconds
         self._claimed_at = boottime()
 
@@ -62,9 +66,10 @@ class Claimed:
         return self.claim.now + timedelta(seconds=boottime() - self._claimed_at)
 
     def at_the_latest(self, at: datetime | None) -> datetime | None:
-        """``at``, or the flow's deadline if that comes before it and the flow is yet to be told of it."""
+        """``at``, or the flow's deadline if that comes before it and the flow is yet to be told of it; it may have
+        passed in this very moment."""
         deadline = self.flow.deadline_at
-        if deadline is None or deadline <= self.now():
+        if deadline is None or self.is_cleaning:
             return at
         return deadline if at is None else min(at, deadline)
 
@@ -130,7 +135,10 @@ class Claimed:
 
         Raises:
             LeaseLost: another driver has taken over, or the flow has ended.
+            Suspended: the claim is over. A member of a gather may not have noticed.
         """
+        if self.is_over:
+            raise Suspended
         while True:
             try:
                 written = write()
@@ -156,11 +164,18 @@ class Claimed:
         self.cancel_requested = standing.cancel_requested
         self.is_paused = standing.paused
 
-    def park(self, due_at: datetime | None) -> NoReturn:
+    def keeps_slot(self, members: Sequence[Member] = ()) -> bool:
+        """Whether all that it waits for is work of its own: these members, and what is out. Child flows are none: they
+        may be under the same limit, and wait for the slot."""
+        out = (step for step in self.history.values() if not step.status.is_terminal)
+        return not any(member.child for member in members) and not any(step.child_session_key for step in out)
+
+    def park(self, due_at: datetime | None, *, keeps_slot: bool = False) -> NoReturn:
         """Gives the flow back until ``due_at`` (None: until somebody wakes it), and suspends."""
         with self.unwinding():
-            parked = Park(self.holder, self.claim.wakes, self.at_the_latest(due_at))
+            parked = Park(self.holder, self.claim.wakes, due_at, keeps_slot=keeps_slot)
             self.is_due_again = self.runtime.store.run(dispatch.park, parked)
+        self.kept_slot = keeps_slot
         self.is_over = True
         raise Suspended
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,8 @@ from celery_flows.store import FlowStatus, LeaseLost, dispatch, transitions
 from celery_flows.store.changes import End
 from celery_flows.store.clock import boottime
 from celery_flows.store.script import Call
+from celery_flows.tasks.admission import admitted, give_on
+from celery_flows.tasks.call import call_flow
 from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import FlowCancelled
@@ -28,7 +29,10 @@ log = logging.getLogger("celery_flows.drive")
 def drive(runtime: Runtime, flow_id: UUID, worker: str) -> None:
     """Drives the flow until it waits, ends, or belongs to somebody else. A duplicate message finds nothing to claim."""
     while not passed_on(runtime, str(flow_id)) and (driver := _claimed(runtime, flow_id, worker)) is not None:
-        if not _is_due_after(driver):
+        is_due = _is_due_after(driver)
+        if (key := driver.claim.limit_key) is not None and not driver.kept_slot:
+            give_on(runtime, key, driver.flow.controller_id)
+        if not is_due:
             return
 
 
@@ -36,7 +40,11 @@ def _claimed(runtime: Runtime, flow_id: UUID, worker: str) -> Driver | None:
     asked_at = boottime()
     lease = runtime.settings.lease_seconds
     arguments = (flow_id, claim_token(worker), lease)
-    claim = runtime.store.attempt(Call(dispatch.claim_drive, arguments), again={"repeat": True})
+    claiming = Call(dispatch.claim_drive, arguments)
+    claim = runtime.store.attempt(claiming, again={"repeat": True})
+    if claim is None and admitted(runtime, flow_id):
+        asked_at = boottime()
+        claim = runtime.store.attempt(claiming, again={"repeat": True})
     return None if claim is None else Driver(runtime, claim, asked_at)
 
 
@@ -62,6 +70,8 @@ def _is_due_after(driver: Driver) -> bool:
     except BaseException as error:
         let_go(driver.runtime, driver.holder, error)
         raise
+    finally:
+        driver.loop.close()
     return driver.is_due_again
 
 
@@ -86,7 +96,7 @@ class Pass:
             driver.drain()
             driver.read_history()
         try:
-            result = self._call()
+            result = call_flow(self._definition, self._replay, self._run)
         except Exception as error:
             self._end_badly(driver.timed_out or error)
             return
@@ -100,13 +110,9 @@ class Pass:
         except FlowCancelled as cancelled:
             self._end_badly(cancelled)
 
-    def _call(self) -> Any:
-        driver, definition = self._driver, self._definition
-        arguments = [definition.input.decode("input", driver.flow.input_json)] if definition.takes_input else []
-        value = definition.function(self._run, *arguments)
-        return json.loads(definition.output.encode("result", value, driver.max_payload_bytes))
-
-    def _end(self, outcome: Callable[[], tuple[str, dict[str, Any]]], *, illegal_after_cancel: bool = True) -> None:
+    def _end(
+        self, outcome: Callable[[], tuple[str, dict[str, Any]]], *, illegal_after_cancel: bool = True, **more: Any
+    ) -> None:
         """The last write.
 
         Raises:
@@ -115,7 +121,7 @@ class Pass:
         driver = self._driver
         if driver.is_over:  # the function caught what was to unwind it
             raise Suspended
-        driver.write(outcome, drive=End(), illegal_after_cancel=illegal_after_cancel)
+        driver.write(outcome, drive=End(), illegal_after_cancel=illegal_after_cancel, **more)
         if (run_id := driver.claim.parent_run_id) is not None:
             settle_child(driver.runtime, run_id)
 
@@ -139,7 +145,8 @@ class Pass:
         columns: dict[str, Any] = {"status": FlowStatus.CANCELLED, "cancel_requested": True, "wait_json": None}
         if undo_failed:
             columns["error_json"] = _told(error, undo_failed)
-        self._end(lambda: ("cancelled", columns), illegal_after_cancel=False)
+        payload = {"undo_failed": undo_failed} if undo_failed else {}
+        self._end(lambda: ("cancelled", columns), illegal_after_cancel=False, payload=payload)
 
     def _end_failed(self, error: Exception, undo_failed: list[str]) -> None:
         def failed() -> tuple[str, dict[str, Any]]:

@@ -34,6 +34,7 @@ from celery_flows.tasks.children import DEEPEST
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import HistoryMismatch
 from celery_flows.tasks.inline import RETRY_AT
+from celery_flows.tasks.interrupts import Interruptible
 from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.replay import Place, Suspended
 from celery_flows.tasks.telling import Telling
@@ -47,6 +48,11 @@ MOMENT_SECONDS = 0.5  # a shorter pause between attempts is not worth another cl
 
 class Driver(Telling):
     """Records steps, schedules members, waits. What suspends the function raises :class:`Suspended` through it."""
+
+    @property
+    def queue(self) -> str | None:
+        """The flow's queue; None: the default."""
+        return self.claim.queue
 
     @property
     def join_group(self) -> int:
@@ -87,26 +93,51 @@ class Driver(Telling):
         """A step raised what ends its process, or was meant to: the claim is over, and ends with just that."""
         self.is_over, self.interruption = True, error
 
+    def interruptible(self) -> Interruptible:
+        """How cancel and deadline may interrupt the body of a step; see :meth:`look_for_cause`."""
+        assert self.holder.worker is not None
+        return Interruptible(self.runtime.interrupts, self.holder.worker)
+
+    def look_for_cause(self) -> None:
+        """After an interrupt: reads whether the flow is cancelled."""
+        with self.unwinding():
+            self.look_again()
+
     def retry(self, step: StepWrite, pause: float) -> None:
         """Writes that an attempt failed; the next may begin after ``pause`` seconds. Suspends until then, unless that
         is but a moment, which passes here."""
-        at = self.now() + timedelta(seconds=pause)
-        step = replace(step, error={**(step.error or {}), RETRY_AT: at.isoformat()})
         stays = pause <= MOMENT_SECONDS
-        with self.unwinding():
-            self.write(
-                lambda: ("step_retrying", {"current_step": step.task}), step=step, forgive=self.crashed,
-                drive=None if stays else Park(self.holder, self.claim.wakes, self.at_the_latest(at)),
-            )  # fmt: skip
+        self._write_retry(step, self.now() + timedelta(seconds=pause), parks=not stays)
         if not stays:
             self.is_over = True
             raise Suspended
         self.runtime.pause(pause)
 
+    def note_retry(self, step: StepWrite, pause: float) -> datetime:
+        """Writes that an attempt failed, and when the next may begin, which it gives; others of this flow go on."""
+        at = self.now() + timedelta(seconds=pause)
+        self._write_retry(step, at, parks=False)
+        return at
+
+    def _write_retry(self, step: StepWrite, at: datetime, *, parks: bool) -> None:
+        step = replace(step, error={**(step.error or {}), RETRY_AT: at.isoformat()})
+        with self.unwinding():
+            self.write(
+                lambda: ("step_retrying", {"current_step": step.task}), step=step, forgive=self.crashed,
+                drive=Park(self.holder, self.claim.wakes, self.at_the_latest(at)) if parks else None,
+            )  # fmt: skip
+
     def wait_until(self, at: datetime) -> None:
         """Suspends until a time, if it has not come."""
         if self.now() < at:
-            self.park(at)
+            self.park(self.at_the_latest(at))
+
+    def pause_until(self, at: datetime) -> None:
+        """:meth:`wait_until`, but a moment passes here."""
+        seconds = (at - self.now()).total_seconds()
+        if seconds > MOMENT_SECONDS:
+            self.park(self.at_the_latest(at))
+        self.runtime.pause(max(0.0, seconds))
 
     def transact(self, write: Callable[[sa.Connection], StepWrite]) -> str:
         """Runs ``write`` in a transaction, which commits together with the step that it gives; its result as JSON text.
@@ -161,7 +192,8 @@ class Driver(Telling):
         )
         if self.open_members:
             self.settle_members()
-        drive = Drive(definition.name, definition.queue, first_pause=self.runtime.first_pause)
+        limit_key = definition.limit_key(flow.input_json)
+        drive = Drive(definition.name, definition.queue, first_pause=self.runtime.first_pause, limit_key=limit_key)
         columns = {"status": FlowStatus.FINISHED, "wait_json": None, "idempotency_key": None, "continued_as": flow.id}
         with self.unwinding():
             self.write(
@@ -171,9 +203,9 @@ class Driver(Telling):
         self.runtime.publisher.publish(dispatch.Hint(str(flow.id), flow.id, "drive", definition.name, definition.queue))
         raise Suspended
 
-    def update_state(self, place: Place, patch: Mapping[str, Any]) -> None:
+    def update_state(self, place: Place, patch: Mapping[str, Any], args: str | None) -> None:
         """Lays keys over the flow's state, as a step."""
-        step = StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position)
+        step = StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position, args=args)
         with self.unwinding():
             self.write(
                 lambda: ("state_updated", {"state_json": transitions.merged(self.state, patch)}), step=step,
@@ -188,16 +220,17 @@ class Driver(Telling):
         Without new members the join that is waited for already is left as it is: its counters have moved meanwhile.
         """
         if not members:
-            self.park(None)
+            self.park(self.at_the_latest(None), keeps_slot=self.keeps_slot())
+        keeps_slot = self.keeps_slot(members)
         pause = self.runtime.first_pause + 0.005 * len(members)  # publishing many takes a while itself
         with self.unwinding():
             self.write(
                 lambda: ("step_scheduled", {"current_step": members[0].task}),
                 members=tuple(members), first_pause=pause, forgive=self.crashed,
-                drive=Park(self.holder, self.claim.wakes, self.at_the_latest(None), join),
+                drive=Park(self.holder, self.claim.wakes, self.at_the_latest(None), join, keeps_slot),
                 illegal_after_cancel=not cleanup,
             )  # fmt: skip
-        self.is_over = True
+        self.is_over, self.kept_slot = True, keeps_slot
         self.runtime.publisher.publish(*(self._hint_of(member) for member in members))
         raise Suspended
 
@@ -241,7 +274,7 @@ class Driver(Telling):
                     break
                 if self._take_timeout(step):
                     return stored.but(status=FlowStepStatus.FAILED, error_json={"type": WAIT_TIMED_OUT, "message": ""})
-        return self.park(wait.timeout_at)
+        return self.park(self.at_the_latest(wait.timeout_at))
 
     def _take_timeout(self, step: StepWrite) -> bool:
         """Closes the wait as timed out; False: the event came first."""

@@ -22,12 +22,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("celery_flows.emit")
 
 
-def emit(runtime: Runtime, topic: str, correlation_id: str, payload: Any, transaction: Transaction | None) -> UUID:
-    """Stores the event, then hands over what can be. See :meth:`Flows.emit`."""
+def emit(
+    runtime: Runtime,
+    topic: str,
+    correlation_id: str,
+    payload: Any,
+    transaction: Transaction | None,
+    *,
+    event_id: UUID | None = None,
+) -> UUID:
+    """Stores the event, then hands over what can be. See :meth:`Flows.emit`. An id that is stored already changes
+    nothing."""
     check_name("topic", topic)
     check_name("correlation_id", correlation_id)
     encode_json("payload", payload, limit=runtime.settings.max_payload_bytes)
-    event_id = new_id()
+    event_id = event_id or new_id()
     caller = None if transaction is None else transaction_of(transaction)
     # A bare Connection lets nothing be done with the database after its commit: there the sweep looks, at once.
     pause = 0.0 if isinstance(caller, sa.Connection) else runtime.first_pause

@@ -88,9 +88,10 @@ class ResultTimedOut(FlowError, TimeoutError):
 
 
 class UnknownFlow(FlowError):
-    """No flow definition of this name is registered."""
+    """No flow definition of this name, or not in this version, is registered."""
 
-    def __init__(self, name: str, known: list[str]) -> None:
-        self.name = name
+    def __init__(self, name: str, known: list[str], version: int | None = None) -> None:
+        self.name, self.version = name, version
         listed = ", ".join(sorted(known)) or "none"
-        super().__init__(f"no flow definition {name!r}; registered are: {listed}")
+        wanted = repr(name) if version is None else f"{name!r} of version {version}"
+        super().__init__(f"no flow definition {wanted}; registered are: {listed}")

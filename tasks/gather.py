@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeGuard, TypeVar
+from uuid import UUID
 
 from celery import Signature, Task
 
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.changes import Join, Member, StepWrite
+from celery_flows.tasks.awaited import Awaited, Decision, Event, awaiting, give_back
 from celery_flows.tasks.children import ChildFlow, check_depth, child_member
 from celery_flows.tasks.errors import FlowCancelled, StepFailed
-from celery_flows.tasks.inline import run_inline
-from celery_flows.tasks.members import codec_of, member_name, member_of
+from celery_flows.tasks.inline import InlineStep
+from celery_flows.tasks.members import Remote, codec_of, member_name, member_of
 from celery_flows.tasks.options import StepOptions, options_of
+from celery_flows.tasks.payloads import Codec
 from celery_flows.tasks.replay import Place, Replay
+from celery_flows.tasks.side_by_side import SideBySide
 
-Work = Signature[Any] | ChildFlow[Any] | Callable[[], Any]
+Work: TypeAlias = Remote | Callable[[], Any]
+
+T = TypeVar("T")
+
+
+class First(NamedTuple, Generic[T]):
+    """What came first of several."""
+
+    which: int  # its number in what was given, from 0
+    value: T
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +51,14 @@ class Gather:
         if how.at_once is not None and (type(how.at_once) is not int or how.at_once < 1):
             raise InvalidData("gather limit", "must be a whole number from 1")
         self.check(works, options)
-        self._places = [self._place(work) for work in works]
         self._remote = [n for n, work in enumerate(works) if is_remote(work)]
+        with replay.gathering(len(works)):
+            self._places = [self._place(work) for work in works]
+            self._local = {
+                n: InlineStep(replay, options, work, (), {})
+                for n, work in enumerate(works)
+                if not isinstance(work, Signature | ChildFlow | Awaited)
+            }  # their places, too, are taken before any of them begins: which comes first must not depend on time
 
     @staticmethod
     def check(works: Sequence[Work], options: StepOptions) -> None:
@@ -56,10 +75,10 @@ class Gather:
             raise InvalidData("step name", "is of plain functions: Celery steps and child flows have theirs")
 
     def _place(self, work: Work) -> Place | None:
-        """Where a member stands that runs elsewhere; a plain function finds its own place."""
+        """Where a member stands that runs elsewhere; one that runs here finds its own place."""
         if not is_remote(work):
             return None
-        return self._replay.place(member_name(work), self._options.key)  # type: ignore[arg-type]
+        return self._replay.place(member_name(work), self._options.key)
 
     def results(self) -> list[Any]:
         """The results in order.
@@ -67,7 +86,7 @@ class Gather:
         Raises:
             StepFailed: the first of them, in order, that failed for good, unless failures are collected.
         """
-        inline = {n: self._inline(work) for n, work in enumerate(self._works) if not is_remote(work)}
+        inline = self._inline()
         known = self._known()
         has_failed = any(step is not None and step.status is FlowStepStatus.FAILED for step in known.values())
         if has_failed and not self._how.collects_failures:
@@ -81,9 +100,10 @@ class Gather:
         """Whether there are members, and all of them run elsewhere."""
         return 0 < len(self._remote) == len(self._works)
 
-    def first(self) -> Any:
-        """The result of the member that succeeded first. Which one that was is recorded, for later ones may look as
-        early. The others that nobody has begun are cancelled; those that run go on.
+    def first(self) -> First[Any]:
+        """Which member succeeded first, and its result. Which one that was is recorded, for later ones may look as
+        early. The others that nobody has begun are cancelled; those that run go on; events that came for others are
+        given back.
 
         Raises:
             StepFailed: all have failed; the last of them in order.
@@ -93,10 +113,25 @@ class Gather:
             winner = int(self._replay.outcome(chosen, None))
         else:
             winner = self._winner()
-            self._driver.cancel_idle_members()
-            step = StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position, result=str(winner))
-            self._driver.record(step, current_step=place.name)
-        return self._outcome(winner, self._known()[winner])
+            self._record(place, str(winner))
+        self._end_the_others(winner)
+        return First(winner, self._outcome(winner, self._known()[winner]))
+
+    def _end_the_others(self, winner: int) -> None:
+        """Done once, and after it is recorded who has won: no event must be given back and taken, too."""
+        place = self._replay.place("first.end_others")
+        if self._replay.find(place) is not None:
+            return
+        self._driver.cancel_idle_members()
+        events = [n for n, work in enumerate(self._works) if n != winner and isinstance(work, Event | Decision)]
+        losers = (step for n in events if (step := self._known()[n]) is not None and step.child_session_key)
+        give_back(self._driver.runtime, [UUID(str(step.child_session_key)) for step in losers])
+        self._record(place, "null")
+
+    def _record(self, place: Place, result: str) -> None:
+        args = self._replay.taken_with(place)
+        step = StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position, result=result, args=args)
+        self._driver.record(step, current_step=place.name)
 
     def _winner(self) -> int:
         known = self._known()
@@ -113,9 +148,16 @@ class Gather:
     def _known(self) -> dict[int, FlowStep | None]:
         return {n: self._replay.find(place) for n in self._remote if (place := self._places[n]) is not None}
 
-    def _inline(self, work: Any) -> Any:
+    def _inline(self) -> dict[int, Any]:
+        """The results of members that run here: plain functions one after the other, then async ones side by side."""
+        plain = {n: self._plain(step) for n, step in self._local.items() if not step.is_async}
+        beside = {n: step for n, step in self._local.items() if step.is_async}
+        collects = self._how.collects_failures
+        return plain | SideBySide(self._replay, beside, self._how.at_once, collects_failures=collects).results()
+
+    def _plain(self, step: InlineStep) -> Any:
         try:
-            return run_inline(self._replay, self._options, work, (), {})
+            return step.result()
         except StepFailed as failed:
             if not self._how.collects_failures:
                 raise
@@ -123,11 +165,15 @@ class Gather:
 
     def _outcome(self, n: int, step: FlowStep | None) -> Any:
         try:
-            return self._replay.outcome(step, codec_of(self._driver.app, self._works[n]))  # type: ignore[arg-type]
+            return self._replay.outcome(step, self._codec(n))
         except StepFailed as failed:
             if not self._how.collects_failures:
                 raise
             return failed
+
+    def _codec(self, n: int) -> Codec | None:
+        work = self._works[n]
+        return codec_of(self._driver.app, work) if is_remote(work) else None
 
     def _first_failure(self) -> FlowStep:
         """Of a join that has failed, the first member that did, once all are closed: what handles the failure must not
@@ -169,6 +215,10 @@ class Gather:
     def _member(self, n: int) -> Member:
         work, place, cleanup = self._works[n], self._places[n], self._replay.cleaning
         assert place is not None
+        if isinstance(work, Awaited):
+            self._replay.refuse_in_cleanup(place.name)
+            member = child_member(self._driver.flow, place, awaiting(self._driver, work), None, cleanup=cleanup)
+            return replace(member, queue=self._driver.queue)  # whose workers know our code
         if isinstance(work, ChildFlow):
             if self._options.retry is not None:
                 raise InvalidData("step retry", "is not of child flows: their own steps are tried again")
@@ -178,12 +228,15 @@ class Gather:
             return child_member(self._driver.flow, place, work, deadline, cleanup=cleanup)
         assert isinstance(work, Signature)
         options = self._options.over(options_of(_function(self._driver.app, work))).over(self._driver.defaults)
-        return member_of(self._driver.app, place, work, options, self._driver.max_payload_bytes, cleanup=cleanup)
+        return member_of(
+            self._driver.app, place, work, options, self._driver.max_payload_bytes, cleanup=cleanup,
+            undoing=self._replay.undoing,
+        )  # fmt: skip
 
 
-def is_remote(work: Work) -> bool:
-    """Whether it runs elsewhere: a Celery task or a flow of its own."""
-    return isinstance(work, Signature | ChildFlow)
+def is_remote(work: Work) -> TypeGuard[Remote]:
+    """Whether it runs, or is waited for, elsewhere: a Celery task or a flow of its own."""
+    return isinstance(work, Signature | ChildFlow | Awaited)
 
 
 def check_work(work: Any) -> None:
@@ -194,7 +247,8 @@ def check_work(work: Any) -> None:
     """
     if isinstance(work, Task) or not (is_remote(work) or callable(work)):
         kind = type(work).__name__ if not isinstance(work, Task) else "a bare task"
-        raise InvalidData("gather", f"takes task.s(…), flow.s(…) and functions without arguments, not {kind}")
+        takes = "task.s(…), flow.s(…), Event, Decision, Timer and functions without arguments"
+        raise InvalidData("gather", f"takes {takes}, not {kind}")
 
 
 def _function(app: Any, work: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 
@@ -13,12 +14,13 @@ from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.transitions import check_open
 from celery_flows.store.validation import check_name
+from celery_flows.tasks import going_back
 from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.approval import Approval, approval_key
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.errors import FlowCancelled, FlowFailed, ResultTimedOut
 from celery_flows.tasks.polling import apoll
-from celery_flows.tasks.transaction import Transaction, after_commit, transaction_of
+from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
 if TYPE_CHECKING:
     from celery_flows.tasks.registry import FlowDefinition
@@ -130,7 +132,8 @@ class FlowHandle(Generic[Out]):
 
     def approve(self, name: str, *, by: str, comment: str = "", session: Transaction | None = None) -> None:
         """Grants what the flow asks for by ``run.approval(name)``, or will ask for: an approval that comes early is
-        kept. With ``session`` it is part of your transaction.
+        kept, and each answers one question: a second one the next of this name. With ``session`` it is part of your
+        transaction.
 
         Raises:
             InvalidData: a name is empty or too long.
@@ -164,6 +167,42 @@ class FlowHandle(Generic[Out]):
         settled = Call(op.find_locked, (self.id, write_id))
         call(self._runtime, self.id, lambda _: self._runtime.store.attempt(resumed, settled=settled), None)
 
+    # ---- going back: a new flow that begins with what this one has recorded ----
+
+    def retry(self, *, session: Transaction | None = None) -> FlowHandle[Out]:
+        """Starts a new flow that goes on where this one failed or was cancelled: with its definition and version,
+        input, goal and owner, the steps that succeeded, and the failures that it handled. Steps that ended it, or were
+        open, run again under new run ids. This flow stays as it is. With ``session`` it is part of your transaction.
+
+        Each call starts another one; the new flow has no idempotency key, and says in ``forked_from`` whose steps it
+        has.
+
+        Raises:
+            IllegalTransition: it has neither failed nor was it cancelled; or it has cleaned up, so that what it
+                recorded may be undone; or it is a child, whose parent would not be told.
+            UnknownFlow: its definition, in that version, is not registered here.
+            FlowNotFound: as :meth:`get`.
+        """
+        return FlowHandle(self._runtime, going_back.retry(self._runtime, self.id, session), self._definition)
+
+    def fork(
+        self, *, from_step: str, state: dict[str, Any] | None = None, session: Transaction | None = None
+    ) -> FlowHandle[Out]:
+        """Starts a new flow as :meth:`retry` does, of a flow in whatever status, that takes over what was recorded in
+        the places before ``from_step``, and goes on there. With ``session`` it is part of your transaction.
+
+        Args:
+            from_step: the name of a step, meaning the first of that name; ``name#2`` for the second; or a run id.
+            state: what its ``state()`` is to begin with; None: what this flow's was when it came to that step.
+
+        Raises:
+            InvalidData: there is no such step (lists those there are), or the state cannot be JSON.
+            UnknownFlow: its definition, in that version, is not registered here.
+            FlowNotFound: as :meth:`get`.
+        """
+        made = going_back.fork(self._runtime, self.id, from_step, state, session)
+        return FlowHandle(self._runtime, made, self._definition)
+
     # ---- the same, for asyncio ----
 
     async def aget(self) -> Flow:
@@ -183,6 +222,16 @@ class FlowHandle(Generic[Out]):
         """:meth:`FlowHandle.cancel`, awaited; ``session`` is an AsyncSession or AsyncConnection."""
         await run(self._runtime, session, self.cancel)
 
+    async def aretry(self, *, session: AsyncTransaction | None = None) -> FlowHandle[Out]:
+        """:meth:`FlowHandle.retry`, awaited; ``session`` is an AsyncSession or AsyncConnection."""
+        return await run(self._runtime, session, self.retry)
+
+    async def afork(
+        self, *, from_step: str, state: dict[str, Any] | None = None, session: AsyncTransaction | None = None
+    ) -> FlowHandle[Out]:
+        """:meth:`FlowHandle.fork`, awaited; ``session`` is an AsyncSession or AsyncConnection."""
+        return await run(self._runtime, session, partial(self.fork, from_step=from_step, state=state))
+
     async def aresume(self, payload: dict[str, Any] | None = None) -> None:
         """:meth:`FlowHandle.resume`, awaited."""
         await asyncio.to_thread(self.resume, payload)
@@ -197,7 +246,5 @@ def call(
     change(manager)
     store = runtime.store if caller is None else runtime.store.using(caller)
     hint = store.run(dispatch.find_hint, str(flow_id))
-    if hint is not None and caller is None:
-        runtime.publisher.publish(hint)
-    elif hint is not None and caller is not None:
-        after_commit(caller, lambda: runtime.publisher.publish(hint))
+    if hint is not None:
+        once_committed(caller, lambda: runtime.publisher.publish(hint))

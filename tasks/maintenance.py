@@ -9,11 +9,12 @@ from random import Random
 from typing import Any
 from uuid import UUID
 
-from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, health, inbox
+from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, health, inbox, limits
 from celery_flows.store.audit import Finding
 from celery_flows.store.changes import Completion, Holder
 from celery_flows.store.dispatch import Swept
 from celery_flows.tasks import slots
+from celery_flows.tasks.admission import give_due
 from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import StepLost
@@ -39,6 +40,7 @@ class SweepReport:
     published: int = 0
     lost: int = 0  # given up after too many crashes
     handed_over: int = 0  # external events
+    admitted: int = 0  # limited flows that were given a slot
     settled: int = (
         0  # children and mirrored flows that have ended, or are to be cancelled; waits that no definition drives
     )
@@ -69,7 +71,7 @@ def sweep(runtime: Runtime) -> SweepReport:
     mirrored = sum(settle_mirror(runtime, row.flow_id) for row in undriven if row.is_mirror and row.flow_id)
     ticked = WaitEngine(runtime.store).settle([row.flow_id for row in undriven if not row.is_mirror and row.flow_id])
     settled = seen_to + mirrored + ticked.resumed + ticked.cancelled
-    report = SweepReport(len(swept), published, len(lost), handed_over, settled)
+    report = SweepReport(len(swept), published, len(lost), handed_over, give_due(runtime), settled)
     if any(asdict(report).values()):
         log.info("swept: %s", ", ".join(f"{count} {name}" for name, count in asdict(report).items() if count))
     return report
@@ -129,6 +131,7 @@ def prune(runtime: Runtime, retain_days: int | None = None) -> int:
     """
     days = runtime.settings.retain_days if retain_days is None else retain_days
     pruned = runtime.store.prune_terminal_flows(days)
+    runtime.store.run(limits.prune)
     log.info("pruned %d flows that ended more than %d days ago", pruned, days)
     heartbeat(runtime, PRUNE, DAY_SECONDS, pruned=pruned)
     return pruned

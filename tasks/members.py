@@ -1,16 +1,17 @@
-"""Celery signatures as steps: what of a signature goes into the store, and what into its message."""
+"""Members of gathers: what a Celery signature comes to in the store and in its message, and what members are called."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 from celery import Celery, Signature
 
 from celery_flows.store.changes import Member
 from celery_flows.store.errors import InvalidData
 from celery_flows.store.validation import check_name, encode_json
+from celery_flows.tasks.awaited import Awaited, awaited_codec, awaited_name
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.options import StepOptions
 from celery_flows.tasks.payloads import ANY, Codec, result_codec
@@ -23,7 +24,7 @@ LIMITS = ("time_limit", "soft_time_limit")
 GRACE_SECONDS = 5.0  # for a step to end after its timeout
 
 
-AnyMember = Signature[Any] | ChildFlow[Any]
+Remote: TypeAlias = Signature[Any] | ChildFlow[Any] | Awaited  # what runs, or is waited for, elsewhere
 
 
 def task_name(signature: Any) -> str:
@@ -40,11 +41,19 @@ def task_name(signature: Any) -> str:
 
 
 def member_of(
-    app: Celery, place: Place, signature: Signature[Any], given: StepOptions, limit: int, *, cleanup: bool = False
+    app: Celery,
+    place: Place,
+    signature: Signature[Any],
+    given: StepOptions,
+    limit: int,
+    *,
+    cleanup: bool = False,
+    undoing: bool = False,
 ) -> Member:
     """The rows of a Celery step: queue, priority and time limits are the signature's, else the task's, else routed.
 
-    A ``cleanup`` step says so, for it is run although its flow is cancelled. Its retry and timeout go with it, for
+    A ``cleanup`` step says so, for it is run although its flow is cancelled; so does one that is ``undoing``, for it is
+    not interrupted once it has begun. Its retry and timeout go with it, for
     whoever runs it; should it not heed its timeout, its process is ended some seconds later, where the pool can.
 
     Raises:
@@ -73,9 +82,11 @@ def member_of(
     queue_name = getattr(queue, "name", queue)
     if queue_name is not None:
         check_name(f"queue of step {name}", queue_name)
-    called: dict[str, Any] = {"args": list(args), "kwargs": kwargs}
+    called: dict[str, Any] = {"args": list(args), "kwargs": kwargs, **place.kept()}
     if cleanup:
         called["cleanup"] = True
+    if undoing:
+        called["undoing"] = True
     if given.retry is not None:
         called["retry"] = asdict(given.retry.rule())
     if seconds is not None:
@@ -91,17 +102,21 @@ def member_of(
     )
 
 
-def member_name(member: AnyMember) -> str:
-    """The name a member of a gather goes by: its task's or its flow's.
+def member_name(member: Remote) -> str:
+    """The name a member of a gather goes by: its task's or its flow's, or what is waited for.
 
     Raises:
-        InvalidData: it is neither a signature of a single task nor a flow.
+        InvalidData: it is none of these.
     """
+    if isinstance(member, Awaited):
+        return awaited_name(member)
     return member.definition.name if isinstance(member, ChildFlow) else task_name(member)
 
 
-def codec_of(app: Celery, member: AnyMember) -> Codec:
+def codec_of(app: Celery, member: Remote) -> Codec:
     """How the member's result is read back: by the return annotation of its task's or flow's function."""
+    if isinstance(member, Awaited):
+        return awaited_codec(member)
     if isinstance(member, ChildFlow):
         return member.definition.output
     task = app.tasks.get(task_name(member))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -72,6 +72,8 @@ def codec_for(annotation: Any) -> Codec:
 
 def result_codec(function: Callable[..., Any]) -> Codec:
     """The codec of what a step returns; without a usable annotation, JSON's own types."""
+    while isinstance(function, partial):
+        function = function.func
     try:
         return codec_for(get_type_hints(function).get("return", Any))
     except Exception:  # an annotation that only type checkers can resolve, or that pydantic knows no schema for

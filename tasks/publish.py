@@ -52,10 +52,8 @@ class Publisher:
         return sent
 
     def _urgency(self, hint: Hint) -> tuple[int, UUID]:
-        """As the broker has it: RabbitMQ delivers high numbers first, Redis low ones; without a priority it is 0 to
-        both. What is equal goes by age: ids are in the order of creation."""
-        number = hint.priority or 0
-        return (number if self._scheme in _REDIS else -number, hint.flow_id)
+        """What is equal goes by age: ids are in the order of creation."""
+        return (urgency(self._scheme, hint.priority), hint.flow_id)
 
     def _try_to_send(self, producer: Any, hint: Hint, broken: tuple[type[BaseException], ...]) -> bool:
         try:
@@ -101,7 +99,7 @@ class Publisher:
 
     @cached_property
     def _scheme(self) -> str:
-        return str(self._app.conf.broker_write_url or "").partition(":")[0].partition("+")[0]
+        return broker_scheme(self._app)
 
     def _transport_options(self) -> dict[str, Any]:
         if self._scheme in _REDIS:
@@ -111,6 +109,18 @@ class Publisher:
             bounds = {"read_timeout": self._timeout, "write_timeout": self._timeout}
             return {**_ONE_RETRY, **bounds, "confirm_publish": True}
         return {}
+
+
+def broker_scheme(app: Celery) -> str:
+    """What kind of broker the app publishes to: the beginning of its URL."""
+    return str(app.conf.broker_write_url or "").partition(":")[0].partition("+")[0]
+
+
+def urgency(scheme: str, priority: int | None) -> int:
+    """Lower comes first. As the broker has it: RabbitMQ delivers high numbers first, Redis low ones; without a priority
+    it is 0 to both."""
+    number = priority or 0
+    return number if scheme in _REDIS else -number
 
 
 _REDIS = ("redis", "rediss", "sentinel")

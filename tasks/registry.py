@@ -13,9 +13,13 @@ from celery_flows.store.validation import MAX_PAYLOAD_BYTES, check_name, check_p
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.errors import UnknownFlow
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.limit import Limit
+from celery_flows.tasks.loop import is_async
 from celery_flows.tasks.options import StepOptions, check_duration
 from celery_flows.tasks.payloads import Codec, codec_for
 from celery_flows.tasks.retry import Retry
+from celery_flows.tasks.run import Run
+from celery_flows.tasks.run_async import AsyncRun
 from celery_flows.tasks.schedule import Schedule
 from celery_flows.tasks.start import Options, start
 from celery_flows.tasks.start_async import AsyncStarts
@@ -36,7 +40,7 @@ class FlowDefinition(AsyncStarts[In, Out]):
         self,
         runtime: Runtime,
         name: str,
-        function: Callable[..., Out],
+        function: Callable[..., Any],
         *,
         queue: str | None = None,
         version: int = 1,
@@ -44,6 +48,7 @@ class FlowDefinition(AsyncStarts[In, Out]):
         timeout: timedelta | None = None,
         priority: int | None = None,
         schedule: Schedule | None = None,
+        limit: Limit | None = None,
     ) -> None:
         self.name = check_name("flow name", name)
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
@@ -53,12 +58,16 @@ class FlowDefinition(AsyncStarts[In, Out]):
         self.priority = None if priority is None else check_priority(priority)
         self.schedule = schedule
         self.function = function
+        self.is_async = is_async(function)
         self.defaults = StepOptions(retry=retry)
         self.timeout = None if timeout is None else check_duration(f"timeout of flow {name}", timeout)
         self._runtime = runtime
         self.takes_input, self.input, self.output = _codecs(name, function)
         if schedule is not None:
             _check_takes_a_slot(self)
+        self.limit = limit
+        if limit is not None:
+            _check_limit(self, limit)
 
     def start(
         self,
@@ -148,6 +157,23 @@ class FlowDefinition(AsyncStarts[In, Out]):
             raise InvalidData("input", f"flow {self.name!r} takes none")
         return None
 
+    def limit_key(self, encoded: Any) -> str | None:
+        """What a flow with this input, as stored, shares its limit with; None: it has no limit.
+
+        Raises:
+            InvalidData: the limit's ``per`` gives no key.
+        """
+        if self.limit is None:
+            return None
+        return self.limit.key(self.name, self.input.decode("input", encoded) if self.limit.per else None)
+
+
+def _check_limit(definition: FlowDefinition[Any, Any], limit: Any) -> None:
+    if not isinstance(limit, Limit):
+        raise InvalidData(f"limit of flow {definition.name}", "must be a Limit(…)")
+    if limit.per is not None and not definition.takes_input:
+        raise InvalidData(f"limit of flow {definition.name}", "has per=, and the flow takes no input")
+
 
 def _check_takes_a_slot(definition: FlowDefinition[Any, Any]) -> None:
     if definition.takes_input:
@@ -169,9 +195,17 @@ def _codecs(name: str, function: Callable[..., Any]) -> tuple[bool, Codec, Codec
         hints = get_type_hints(function)
     except NameError as error:
         raise InvalidData(f"flow {name}", f"has an annotation that cannot be resolved: {error}") from None
+    _check_run(name, hints.get(parameters[0].name), awaited=is_async(function))
     takes_input = len(parameters) == 2
     annotation = hints.get(parameters[1].name, Any) if takes_input else None
     return takes_input, codec_for(annotation), codec_for(hints.get("return", Any))
+
+
+def _check_run(name: str, annotation: Any, *, awaited: bool) -> None:
+    if annotation is Run and awaited:
+        raise InvalidData(f"flow {name}", "is async and takes a Run; write: run: AsyncRun")
+    if annotation is AsyncRun and not awaited:
+        raise InvalidData(f"flow {name}", "takes an AsyncRun and is not async; write async def, or: run: Run")
 
 
 class Registry:
@@ -179,6 +213,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._definitions: dict[str, dict[int, FlowDefinition[Any, Any]]] = {}  # by name and version
+        self._own: dict[str, FlowDefinition[Any, Any]] = {}
 
     def add(self, definition: FlowDefinition[Any, Any]) -> None:
         """Registers a definition.
@@ -187,26 +222,34 @@ class Registry:
             InvalidData: another function has this name and version. The same one again, as when a module is reloaded,
                 replaces it.
         """
+        if definition.name in self._own:
+            raise InvalidData("flow name", f"{definition.name!r} is taken by celery-flows itself")
         versions = self._definitions.setdefault(definition.name, {})
         known = versions.get(definition.version)
         if known is not None and _origin(known.function) != _origin(definition.function):
             raise InvalidData("flow name", f"{definition.name!r} is taken by {'.'.join(_origin(known.function))}")
         versions[definition.version] = definition
 
+    def add_own(self, definition: FlowDefinition[Any, Any]) -> None:
+        """Registers a definition of the engine's own: it is found, and not listed."""
+        self._own[definition.name] = definition
+
     def get(self, name: str, version: int | None = None) -> FlowDefinition[Any, Any] | None:
         """The definition of this name and version; None: the latest."""
+        if (own := self._own.get(name)) is not None:
+            return own
         versions = self._definitions.get(name, {})
         return versions.get(max(versions, default=0) if version is None else version)
 
-    def require(self, name: str) -> FlowDefinition[Any, Any]:
-        """The latest definition of this name.
+    def require(self, name: str, version: int | None = None) -> FlowDefinition[Any, Any]:
+        """The definition of this name and version; None: the latest.
 
         Raises:
             UnknownFlow: naming those there are.
         """
-        definition = self.get(name)
+        definition = self.get(name, version)
         if definition is None:
-            raise UnknownFlow(name, list(self._definitions))
+            raise UnknownFlow(name, list(self._definitions), version if name in self._definitions else None)
         return definition
 
     def __iter__(self) -> Iterator[FlowDefinition[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -9,6 +10,7 @@ from uuid import UUID, uuid5
 
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.tasks.errors import FlowCancelled, HistoryMismatch, failure_of
+from celery_flows.tasks.interrupts import IN_PEACE, Interruptible
 from celery_flows.tasks.payloads import Codec
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from celery_flows.tasks.undo import Undo
 
 T = TypeVar("T")
+
+FORK = "run.fork"  # the step that says how many steps of which flow were taken over
 
 
 class Suspended(BaseException):
@@ -29,6 +33,13 @@ class Place(NamedTuple):
     run_id: str
     name: str
     position: int  # from 1; 0 for a step that is known by its key, wherever it stands
+    key: str | None = None
+    gather: int | None = None  # of a gather's member: the place of the first of them
+
+    def kept(self) -> dict[str, Any]:
+        """What the step's row keeps of it besides, for a fork to go by."""
+        kept = {"key": self.key, "gather": self.gather}
+        return {name: value for name, value in kept.items() if value is not None}
 
 
 class Replay:
@@ -37,15 +48,23 @@ class Replay:
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self.undos: list[Undo] = []
-        self.cleaning = False  # the flow was told that it is cancelled, or past its deadline; or it has failed
-        self._inside: str | None = None  # the step that is running now
+        self.undoing = False  # by itself, though it may go on
+        self._inside: list[str] = []  # the steps that are running now; several are members of one gather
+        self._is_taking = False  # a step of an async function
+        self.unwound_by: BaseException | None = None  # what went up an async function, or one of its tasks
         self._position = 0
+        self._gather: int | None = None
         self._counts: dict[str, int] = {}
         self._reached: set[str] = set()
 
     @property
     def flow_id(self) -> UUID:
         return self.driver.flow.id
+
+    @property
+    def cleaning(self) -> bool:
+        """Whether the flow was told that it is cancelled, or past its deadline; or it has failed."""
+        return self.driver.is_cleaning
 
     # ---- identity ----
 
@@ -61,9 +80,18 @@ class Replay:
             raise InvalidData(f"step {name}", "has a key that an earlier step of this name has")
         self._reached.add(run_id)
         if key is not None:
-            return Place(run_id, name, 0)
+            return Place(run_id, name, 0, key)
         self._position += 1
-        return Place(run_id, name, self._position)
+        return Place(run_id, name, self._position, gather=self._gather)
+
+    @contextmanager
+    def gathering(self, count: int) -> Iterator[None]:
+        """While the places of a gather's members are taken."""
+        self._gather = self._position + 1 if count > 1 else None
+        try:
+            yield
+        finally:
+            self._gather = None
 
     def refuse_inside(self, what: str) -> None:
         """Says nothing outside of steps.
@@ -71,13 +99,51 @@ class Replay:
         Raises:
             InvalidData: a step is running.
         """
-        if self._inside is not None:
-            raise InvalidData(what, f"was taken inside step {self._inside}; steps do not nest")
+        if self._inside:
+            raise InvalidData(what, f"was taken inside step {self._inside[-1]}; steps do not nest")
+
+    @contextmanager
+    def taking(self, what: str) -> Iterator[None]:
+        """While an async function takes a step.
+
+        Raises:
+            InvalidData: it takes another.
+        """
+        self.refuse_beside(what)
+        self._is_taking = True
+        try:
+            yield
+        finally:
+            self._is_taking = False
+
+    def refuse_beside(self, what: str) -> None:
+        """Says nothing while no step is taken: which of two comes first would depend on how long they take.
+
+        Raises:
+            InvalidData: an async function takes one.
+        """
+        if self._is_taking:
+            raise InvalidData(what, "came before another step had ended; await each, or gather them")
+
+    def drawn_by(self) -> UUID:
+        """The flow that identities and numbers are drawn for: this one, or, as far as its steps were taken over, the
+        one that they were taken over from. They may have been drawn before a step that knows them."""
+        fork = self.driver.history.get(run_id_of(self.flow_id, FORK, 1))
+        for flow_id, steps in () if fork is None else fork.args_json["drawn"]:
+            if len(self._reached) < steps:
+                return UUID(flow_id)
+        return self.flow_id
 
     def count(self, name: str) -> int:
         """How often this name has come by now, from 1."""
         self._counts[name] = self._counts.get(name, 0) + 1
         return self._counts[name]
+
+    def taken_with(self, place: Place, **told: Any) -> str | None:
+        """What the step's row keeps of how it was taken, as JSON text: what its place does, whether it cleans up, and
+        what is told."""
+        kept = {**told, **place.kept(), **({"cleanup": True} if self.cleaning else {})}
+        return json.dumps(kept) if kept else None
 
     def find(self, place: Place, *, waits: bool = False) -> FlowStep | None:
         """What history has of this step. Where it has another one in that place, which the function has not come to, or
@@ -104,9 +170,13 @@ class Replay:
         """Called before anything new happens, or a wait is taken up again: here a flow is told, once, that it is
         cancelled or past its deadline."""
         if not self.cleaning and (told := self.driver.to_be_told()) is not None:
-            self.cleaning = True
+            self.driver.is_cleaning = True
             raise told
         self.driver.check_stop()
+
+    def may_begin(self) -> bool:
+        """Whether :meth:`begin` would say nothing, and unwind nothing."""
+        return self.driver.may_go_on() and (self.cleaning or not self.driver.has_to_tell())
 
     def tell_once(self, go_on: Callable[[], T]) -> T:
         """Goes on; a cancel that comes in the moment before tells the flow too, so what follows is cleanup."""
@@ -114,7 +184,7 @@ class Replay:
             return go_on()
         except FlowCancelled:
             self.driver.settle_before_telling()
-            self.cleaning = True
+            self.driver.is_cleaning = True
             raise
 
     def refuse_in_cleanup(self, name: str) -> None:
@@ -130,11 +200,15 @@ class Replay:
     def inside(self, name: str) -> Iterator[None]:
         """While the step's own code runs."""
         self.driver.runtime.before_body(name)
-        self._inside = name
+        self._inside.append(name)
         try:
             yield
         finally:
-            self._inside = None
+            self._inside.remove(name)
+
+    def interruptible(self) -> Interruptible:
+        """How a step's own code may be interrupted: what cleans up or undoes is left in peace."""
+        return IN_PEACE if self.cleaning or self.undoing else self.driver.interruptible()
 
     def outcome(self, step: FlowStep | None, codec: Codec | None) -> Any:
         """What a closed step came to: its result, or what it raised.
@@ -147,7 +221,7 @@ class Replay:
             return step.result_json if codec is None else codec.decode(f"result of step {step.task}", step.result_json)
         if step.status is FlowStepStatus.CANCELLED:
             told = self.driver.to_be_told() or FlowCancelled(self.flow_id)
-            self.cleaning = True
+            self.driver.is_cleaning = True
             raise told
         raise failure_of(step.task, step.error_json)
 
@@ -155,6 +229,11 @@ class Replay:
 def is_wait(step: FlowStep) -> bool:
     """Whether the step is a wait, by what it was taken with."""
     return isinstance(step.args_json, Mapping) and not step.args_json.keys().isdisjoint(("at", "topic"))
+
+
+def is_cleanup(step: FlowStep) -> bool:
+    """Whether the step was taken to clean up."""
+    return isinstance(step.args_json, Mapping) and bool(step.args_json.get("cleanup"))
 
 
 def run_id_of(flow_id: UUID, name: str, count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, cast, overload
 from uuid import UUID, uuid5
@@ -19,7 +19,7 @@ from celery_flows.tasks import wait_steps
 from celery_flows.tasks.approval import Approval, approval_key
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.errors import FlowCancelled, FlowTimedOut, StepFailed
-from celery_flows.tasks.gather import Gather, How, Work
+from celery_flows.tasks.gather import First, Gather, How, Work
 from celery_flows.tasks.inline import run_inline
 from celery_flows.tasks.options import StepOptions
 from celery_flows.tasks.replay import Replay
@@ -68,7 +68,8 @@ class Run:
             name: what the step is called; a plain function's own name by default.
             retry: how often and when it is tried again.
             timeout: how long one attempt may take. Past it a plain function, and a Celery task under prefork and solo,
-                is interrupted and has failed with :class:`StepTimedOut`; in a thread it is judged when it ends.
+                is interrupted and has failed with :class:`StepTimedOut`; in a thread it is judged when it ends. An
+                async function is cancelled where it awaits, in a thread too.
             key: the step's identity, with its name, in place of how many of that name came before it.
 
         Raises:
@@ -79,12 +80,14 @@ class Run:
     @overload
     def step(self, work: Signature[T], /) -> T: ...
     @overload
+    def step(self, work: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    @overload
     def step(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
     def step(self, work: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Does a unit of work once and records its result; when replayed, reads it back.
 
-        A plain callable runs here. A Celery task or signature runs as a Celery task of its own, on its own queue, while
-        this worker does something else.
+        A function runs here; one that is async, in an event loop of this drive. A Celery task or signature runs as a
+        Celery task of its own, on its own queue, while this worker does something else.
 
         Raises:
             StepFailed: it failed for good, now or in the run that is replayed.
@@ -118,8 +121,23 @@ class Run:
 
     @overload
     def gather(
+        self,
+        members: Iterable[Signature[T] | ChildFlow[T] | Callable[[], Coroutine[Any, Any, T]]],
+        *,
+        limit: int | None = None,
+    ) -> list[T]: ...
+    @overload
+    def gather(
         self, members: Iterable[Signature[T] | ChildFlow[T] | Callable[[], T]], *, limit: int | None = None
     ) -> list[T]: ...
+    @overload
+    def gather(
+        self,
+        members: Iterable[Signature[T] | ChildFlow[T] | Callable[[], Coroutine[Any, Any, T]]],
+        *,
+        return_exceptions: Literal[True],
+        limit: int | None = None,
+    ) -> list[T | StepFailed]: ...
     @overload
     def gather(
         self,
@@ -135,14 +153,15 @@ class Run:
     def gather(
         self, members: Iterable[Work], *, return_exceptions: bool = False, limit: int | None = None
     ) -> list[Any]:
-        """Runs Celery signatures (``task.s(…)``), flows (``definition.s(input)``) and plain functions without arguments
+        """Runs Celery signatures (``task.s(…)``), flows (``definition.s(input)``) and functions without arguments
         (``partial(function, …)``), each a step, and gives their results in order.
 
-        Signatures and flows run side by side; plain functions run here, one after the other, before them.
+        Signatures and flows run side by side. Functions run here, before them: plain ones one after the other, then
+        async ones side by side.
 
         Args:
             return_exceptions: waits for all, and gives a :class:`StepFailed` in place of a result that there is not.
-            limit: how many signatures and flows may be out at once.
+            limit: how many signatures and flows may be out at once, and how many async functions may run.
 
         Raises:
             StepFailed: the first of them, in order, that failed for good, once all that had begun have ended.
@@ -151,20 +170,24 @@ class Run:
         return self._gather(members, How(collects_failures=return_exceptions, at_once=limit))
 
     @overload
-    def first(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> T: ...
+    def first(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> First[T]: ...
     @overload
-    def first(self, members: Iterable[Work]) -> Any: ...
-    def first(self, members: Iterable[Any]) -> Any:
-        """Runs Celery signatures and flows side by side, and gives the result of the one that succeeds first. The
-        others are cancelled if nobody has begun them; else they go on, and are recorded if they end before the flow.
+    def first(self, members: Iterable[Work]) -> First[Any]: ...
+    def first(self, members: Iterable[Any]) -> First[Any]:
+        """Runs Celery signatures and flows, and waits for :class:`Event`, :class:`Decision` and :class:`Timer`, side by
+        side; gives the number, from 0, and the result of the one that succeeds first.
+
+        The others are cancelled if nobody has begun them; else they go on, and are recorded if they end before the
+        flow. An event that came for another all the same is given back: who waits for it next has it.
 
         Raises:
             StepFailed: all of them failed.
-            InvalidData: there are none, or arguments cannot be JSON; none was scheduled.
+            InvalidData: there are none, or arguments cannot be JSON; none was scheduled. Or the flow cleans up, where
+                nothing is waited for.
         """
         gather = self._gather_of(members, How(first_only=True))
         if not gather.is_all_remote:
-            raise InvalidData("first", "takes one or more of task.s(…) and flow.s(…)")
+            raise InvalidData("first", "takes one or more of task.s(…), flow.s(…), Event, Decision and Timer")
         return gather.first()
 
     def _gather(self, members: Iterable[Work], how: How) -> list[Any]:
@@ -180,7 +203,7 @@ class Run:
     @overload
     def on_failure(self, undo: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None: ...
     def on_failure(self, undo: Any, /, *args: Any, **kwargs: Any) -> None:
-        """What undoes what has been done until here, should the flow fail or be cancelled: a plain function or a Celery
+        """What undoes what has been done until here, should the flow fail or be cancelled: a function or a Celery
         task, run as a step, retried as steps are. The latest comes first. One that fails is reported with the flow's
         error, and the others are run all the same.
         """
@@ -197,6 +220,13 @@ class Run:
         """Runs what :meth:`on_failure` was told, the latest first, and gives the names of those that failed. The flow
         does so by itself when it fails or is cancelled; here for a function that means to go on.
         """
+        self._replay.undoing = True
+        try:
+            return self._undo()
+        finally:
+            self._replay.undoing = False
+
+    def _undo(self) -> list[str]:
         failed = []
         while self._replay.undos:
             undo = self._replay.undos[-1]  # it stays until it is closed: a cancel may come first
@@ -214,7 +244,7 @@ class Run:
 
     def clean_up(self) -> list[str]:
         """:meth:`undo` in the end, where nothing can be waited for any more. For the driver."""
-        self._replay.cleaning = True
+        self._replay.driver.is_cleaning = True
         return self.undo()
 
     # ---- waits ----
@@ -281,7 +311,7 @@ class Run:
         place = self._replay.place("update")
         if self._replay.find(place) is None:
             self._replay.begin()
-            self._replay.driver.update_state(place, state)
+            self._replay.driver.update_state(place, state, self._replay.taken_with(place))
 
     def restart_as(self, input: Any = None) -> NoReturn:
         """Ends this flow, and has a new one go on for it: same definition in its latest version, same owner and key,
@@ -307,13 +337,14 @@ class Run:
         """A new UUID; when replayed the same one. Derived from the flow's id, so it costs no record."""
         self._without_options()
         self._replay.refuse_inside("run.uuid()")
-        return uuid5(self.flow_id, f"uuid {self._replay.count('run.uuid()')}")
+        return uuid5(self._replay.drawn_by(), f"uuid {self._replay.count('run.uuid()')}")
 
     def random(self) -> float:
         """A random number from 0 to below 1; when replayed the same one. It costs no record, as :meth:`uuid`."""
         self._without_options()
         self._replay.refuse_inside("run.random()")
-        return random.Random(str(uuid5(self.flow_id, f"random {self._replay.count('run.random()')}"))).random()
+        seed = uuid5(self._replay.drawn_by(), f"random {self._replay.count('run.random()')}")
+        return random.Random(str(seed)).random()
 
     def _without_options(self) -> None:
         if self._options != StepOptions():

@@ -6,7 +6,6 @@ import os
 import secrets
 import socket
 import threading
-import time
 import weakref
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +18,10 @@ from celery_flows.store import FlowManager, InvalidData, SqlFlowStore, dispatch,
 from celery_flows.store.engines import make_engine
 from celery_flows.store.script import Call
 from celery_flows.tasks.ahead import Ahead
+from celery_flows.tasks.interrupts import Interrupts
+from celery_flows.tasks.loop import pause
 from celery_flows.tasks.polling import poll
-from celery_flows.tasks.publish import Publisher
+from celery_flows.tasks.publish import Publisher, broker_scheme, urgency
 from celery_flows.tasks.registry import Registry
 from celery_flows.tasks.settings import FlowSettings, load_settings
 from celery_flows.tasks.stopping import Stopping
@@ -36,6 +37,7 @@ class Runtime:
         self.app = app
         self.registry = Registry()
         self.stopping = Stopping()
+        self.interrupts = Interrupts()
         self.ahead = Ahead()
         self.mirror_rules: list[MirrorRule] = []
         self._store = store
@@ -114,6 +116,10 @@ class Runtime:
         """What sends messages, over its own bounded connection."""
         return Publisher(self.app, self.settings)
 
+    def urgency(self, priority: int | None) -> int:
+        """Of flows that wait for the same: lower comes first, as the broker would have it."""
+        return urgency(broker_scheme(self.app), priority)
+
     def call_worker(self, run_id: str) -> None:
         """Sends the message of this dispatch row, if it is there and needs a worker.
 
@@ -127,7 +133,7 @@ class Runtime:
     # The test kit puts parts of its own in the place of these, of `store` and of `publisher`.
 
     wait_until = staticmethod(poll)
-    pause = staticmethod(time.sleep)
+    pause = staticmethod(pause)
 
     def before_body(self, step: str) -> None:
         """Told each time the body of a step is about to run in this process. Does nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,8 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
     def due(now: datetime, last: datetime | None) -> list[datetime]:
         return schedule.due(now + AHEAD, last, zone)
 
-    def flow_at(slot: datetime) -> Flow:
-        return Flow(
+    def flow_at(slot: datetime) -> tuple[Flow, Drive]:
+        flow = Flow(
             controller_id=definition.name,
             definition_version=definition.version,
             deadline_at=None if definition.timeout is None else slot + definition.timeout,
@@ -55,9 +56,10 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
             idempotency_key=f"slot {slot.isoformat()}",
             input_json=definition.encoded_input(slot if definition.takes_input else None),
         )
+        return flow, replace(drive, limit_key=definition.limit_key(flow.input_json))
 
     drive = Drive(definition.name, definition.queue, definition.priority, runtime.first_pause)
-    seen = runtime.store.run(schedules.start_due, row_of(definition), due, flow_at, drive, schedule.overlap)
+    seen = runtime.store.run(schedules.start_due, row_of(definition), due, flow_at, schedule.overlap)
     for slot in seen.skipped:
         log.warning("flow %r skips its slot %s: the one before is still open", definition.name, slot.isoformat())
     hints = [Hint(str(each), each, "drive", drive.task, drive.queue, drive.priority) for each in seen.started]

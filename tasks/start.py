@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +15,7 @@ from celery_flows.store.dispatch import Hint
 from celery_flows.store.script import LOCK_NOT_AVAILABLE, Call
 from celery_flows.store.validation import check_priority
 from celery_flows.tasks.handle import FlowHandle
-from celery_flows.tasks.transaction import Transaction, after_commit, transaction_of
+from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
 if TYPE_CHECKING:
     from celery_flows.tasks.registry import FlowDefinition
@@ -50,7 +49,9 @@ def start(
     caller = None if session is None else transaction_of(session)
     store = runtime.store if caller is None else runtime.store.using(caller)
     encoded = definition.encoded_input(input)
+    limit_key = definition.limit_key(encoded)
     drive, told = drive_row(runtime, store, definition, options)
+    drive = replace(drive, limit_key=limit_key)
     flow = Flow(
         controller_id=definition.name,
         definition_version=definition.version,
@@ -74,14 +75,6 @@ def start(
         hint = Hint(str(flow.id), flow.id, "drive", drive.task, drive.queue, drive.priority)
         once_committed(caller, lambda: runtime.publisher.publish(hint))
     return FlowHandle(runtime, flow.id, definition)
-
-
-def once_committed(caller: Transaction | None, action: Callable[[], object]) -> None:
-    """Acts after the caller's commit; without a caller all is committed, so now."""
-    if caller is None:
-        action()
-    else:
-        after_commit(caller, action)
 
 
 def drive_row(

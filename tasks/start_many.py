@@ -20,8 +20,8 @@ from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.validation import check_name
 from celery_flows.tasks.handle import FlowHandle
-from celery_flows.tasks.start import Options, deadline_of, drive_row, lock_timed_out, once_committed
-from celery_flows.tasks.transaction import Transaction, transaction_of
+from celery_flows.tasks.start import Options, deadline_of, drive_row, lock_timed_out
+from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
 if TYPE_CHECKING:
     from celery_flows.tasks.registry import FlowDefinition
@@ -38,6 +38,7 @@ class Wanted:
 
     template: Flow
     items: Sequence[tuple[UUID, str | None, str | None]]  # id, key, JSON text of the input
+    limit_keys: Sequence[str | None]  # of those
     order: Sequence[UUID]  # of those ids, one for each input: a key that is repeated stands for one flow
 
 
@@ -58,6 +59,7 @@ def wanted(
     texts = [_encoded(definition, number, input) for number, input in enumerate(inputs)]
     checked = [None] * len(texts) if keys is None else _checked(keys, len(texts))
     items: list[tuple[UUID, str | None, str | None]] = []
+    limit_keys: list[str | None] = []
     order: list[UUID] = []
     by_key: dict[str, tuple[int, UUID]] = {}
     for number, (key, text) in enumerate(zip(checked, texts, strict=True)):
@@ -68,10 +70,11 @@ def wanted(
         else:
             flow_id = new_id()
             items.append((flow_id, key, text))
+            limit_keys.append(_limit_key(definition, number, text))
             if key is not None:
                 by_key[key] = number, flow_id
         order.append(flow_id)
-    return Wanted(template, items, order)
+    return Wanted(template, items, limit_keys, order)
 
 
 def listed(field: str, values: Iterable[Any]) -> list[Any]:
@@ -96,6 +99,15 @@ def _encoded(definition: FlowDefinition[Any, Any], number: int, input: Any) -> s
         return definition.encoded_text(input)
     except InvalidData as error:
         raise InvalidData(f"inputs[{number}]{error.field.removeprefix('input')}", error.rule) from None
+
+
+def _limit_key(definition: FlowDefinition[Any, Any], number: int, text: str | None) -> str | None:
+    if definition.limit is None:
+        return None
+    try:
+        return definition.limit_key(json.loads(text or "null"))
+    except InvalidData as error:
+        raise InvalidData(f"{error.field} of inputs[{number}]", error.rule) from error
 
 
 def start_many(
@@ -131,7 +143,8 @@ def start_many(
 def _drives(called: Drive, wanted: Wanted) -> list[Drive]:
     due_now = replace(called, first_pause=0.0, published=False)
     number = CALLED_AT_ONCE if called.published else len(wanted.items)
-    return [called if index < number else due_now for index in range(len(wanted.items))]
+    rows = (called if index < number else due_now for index in range(len(wanted.items)))
+    return [replace(row, limit_key=key) for row, key in zip(rows, wanted.limit_keys, strict=True)]
 
 
 def _hint(new: NewFlow) -> Hint:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from asyncio import CancelledError
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -21,11 +23,13 @@ from celery_flows.store.dispatch import StepClaim
 from celery_flows.store.script import Call
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.inline import raised_as, timed_out
+from celery_flows.tasks.interrupts import IN_PEACE, Interrupted, Interruptible
 from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on, surely_held
+from celery_flows.tasks.loop import Loop, call
 from celery_flows.tasks.payloads import describe, result_codec
 from celery_flows.tasks.retry import NEVER, RetryRule
 from celery_flows.tasks.runtime import Runtime, claim_token
-from celery_flows.tasks.timeout import TimeIsUp, time_limit
+from celery_flows.tasks.timeout import TimeIsUp
 
 log = logging.getLogger("celery_flows.steps")
 
@@ -57,12 +61,12 @@ def run_step(runtime: Runtime, run_id: str, delivery: Delivery) -> None:
         return
     try:
         surely_held(runtime, claim.holder, asked_at + lease)  # the claim may have taken longer than a lease itself
+        while (outcome := _attempt(runtime, claim, task, delivery)) is None:
+            surely_held(runtime, claim.holder, boottime())
+        completed = settle(runtime, claim, outcome)
     except LeaseLost as lost:
         log.info("%s", lost)
         return
-    outcome = _attempt(runtime, claim, task, delivery)
-    try:
-        completed = settle(runtime, claim, outcome)
     except StoreError as error:
         let_go(runtime, claim.holder, error)
         raise
@@ -81,16 +85,20 @@ class Again:
 Outcome = Completion | Again
 
 
-def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery: Delivery) -> Outcome:
+def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery: Delivery) -> Outcome | None:
+    """What an attempt comes to; None: it was interrupted by mistake, and is to be made again."""
     if claim.cancel_requested and not claim.args.get("cleanup"):
-        return Completion(claim.holder, claim.flow_id, FlowStepStatus.CANCELLED)
+        return cancelled(claim)
     try:
         runtime.before_body(claim.task)
-        with time_limit(claim.args.get("timeout")):
-            value = _call(task, claim, delivery)
+        value = _call(runtime, task, claim, delivery)
         result = result_codec(task.run).encode(
             f"result of step {claim.task}", value, runtime.settings.max_payload_bytes
         )
+    except Interrupted:
+        if not runtime.store.run(dispatch.list_to_stop, [_token(claim)]):
+            return None
+        return cancelled(claim)
     except Retry as retry:
         error = describe(retry.exc) if retry.exc is not None else {"type": "Retry", "message": ""}
         return Again(_delay_seconds(retry.when), error)
@@ -98,12 +106,27 @@ def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery:
         return Completion(claim.holder, claim.flow_id, FlowStepStatus.SUCCEEDED)
     except (TimeIsUp, SoftTimeLimitExceeded):
         return failed(claim, timed_out(claim.task, claim.args.get("timeout")))
-    except (Exception, Reject) as error:
+    except (Exception, CancelledError, Reject) as error:
         return failed(claim, error)
     except BaseException as error:
         let_go(runtime, claim.holder, error)
         raise
     return Completion(claim.holder, claim.flow_id, FlowStepStatus.SUCCEEDED, result=result)
+
+
+def cancelled(claim: StepClaim) -> Completion:
+    """What an attempt comes to that its flow's cancelling forestalled, or cut off."""
+    return Completion(claim.holder, claim.flow_id, FlowStepStatus.CANCELLED)
+
+
+def _interruptible(runtime: Runtime, claim: StepClaim) -> Interruptible:
+    in_peace = claim.args.get("cleanup") or claim.args.get("undoing")
+    return IN_PEACE if in_peace else Interruptible(runtime.interrupts, _token(claim))
+
+
+def _token(claim: StepClaim) -> str:
+    assert claim.holder.worker is not None  # what was claimed is held
+    return claim.holder.worker
 
 
 def failed(claim: StepClaim, error: BaseException) -> Outcome:
@@ -117,8 +140,9 @@ def failed(claim: StepClaim, error: BaseException) -> Outcome:
     return Completion(claim.holder, claim.flow_id, FlowStepStatus.FAILED, error=told)
 
 
-def _call(task: Task[Any, Any], claim: StepClaim, delivery: Delivery) -> Any:
-    """Calls the task under a request of its own. As an eager one, so that ``retry()`` raises instead of publishing."""
+def _call(runtime: Runtime, task: Task[Any, Any], claim: StepClaim, delivery: Delivery) -> Any:
+    """Calls the task under a request of its own. As an eager one, so that ``retry()`` raises instead of publishing. One
+    that is an async function, which Celery would not await, runs in an event loop."""
     args, kwargs = claim.args["args"], claim.args["kwargs"]
     _task_stack.push(task)
     task.push_request(
@@ -128,7 +152,8 @@ def _call(task: Task[Any, Any], claim: StepClaim, delivery: Delivery) -> Any:
     )  # fmt: skip
     try:
         function = task if task_has_custom(task, "__call__") else task.run
-        return function(*args, **kwargs)
+        with closing(Loop()) as loop:
+            return call(loop, function, args, kwargs, claim.args.get("timeout"), _interruptible(runtime, claim))
     finally:
         task.pop_request()
         _task_stack.pop()
@@ -154,10 +179,19 @@ def settle(runtime: Runtime, claim: StepClaim, outcome: Outcome) -> dispatch.Com
 def time_out(runtime: Runtime, worker: str) -> bool:
     """Records that a step took too long, its process having been ended for that: ``worker`` is the beginning of its
     holder's token. False: it holds no step any more."""
+    return _settle_for(runtime, worker, lambda claim: failed(claim, timed_out(claim.task, claim.args.get("timeout"))))
+
+
+def cancel_stopped(runtime: Runtime, worker: str) -> bool:
+    """Records that a step was cancelled, its process having been ended over it; as :func:`time_out`."""
+    return _settle_for(runtime, worker, cancelled)
+
+
+def _settle_for(runtime: Runtime, worker: str, outcome: Callable[[StepClaim], Outcome]) -> bool:
     claim: StepClaim | None = runtime.store.run(dispatch.find_step_claim, worker)
     if claim is None:
         return False
-    completed = settle(runtime, claim, failed(claim, timed_out(claim.task, claim.args.get("timeout"))))
+    completed = settle(runtime, claim, outcome(claim))
     if completed is not None and completed.woke:
         runtime.call_worker(str(claim.flow_id))
     return True

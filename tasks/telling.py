@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NoReturn
 
 from celery_flows.store import FlowStepStatus, children, dispatch
@@ -11,7 +10,7 @@ from celery_flows.tasks.children import cancel_child
 from celery_flows.tasks.claimed import Claimed
 from celery_flows.tasks.errors import FlowCancelled, FlowTimedOut
 from celery_flows.tasks.lease import passed_on
-from celery_flows.tasks.replay import Suspended, run_id_of
+from celery_flows.tasks.replay import Suspended, is_cleanup, run_id_of
 
 DEADLINE = "run.deadline"  # the step that records that a flow was told of it
 
@@ -28,6 +27,14 @@ class Telling(Claimed):
         if self.is_paused:
             self.park(None)
 
+    def may_go_on(self) -> bool:
+        """Whether :meth:`check_stop` would unwind nothing."""
+        return not (self.is_over or self.runtime.stopping.is_set() or self.is_paused)
+
+    def has_to_tell(self) -> bool:
+        """Whether there is something to tell a flow that has not been told yet."""
+        return run_id_of(self.flow.id, DEADLINE, 1) in self.history or self.cancel_requested or self.is_late()
+
     def to_be_told(self) -> FlowCancelled | FlowTimedOut | None:
         """What a flow that has not been told yet is to be told before anything new happens, if anything.
 
@@ -35,10 +42,10 @@ class Telling(Claimed):
         :meth:`check_stop` does, and as :meth:`settle_before_telling` does.
         """
         self.check_stop()
+        if not self.has_to_tell():
+            return None
         deadline, run_id = self.flow.deadline_at, run_id_of(self.flow.id, DEADLINE, 1)
         is_recorded = run_id in self.history
-        if not (is_recorded or self.cancel_requested or self.is_late()):
-            return None
         self.settle_before_telling()
         if not is_recorded and self.cancel_requested:
             return FlowCancelled(self.flow.id)
@@ -73,7 +80,7 @@ class Telling(Claimed):
             if self.open_members:
                 self._cancel_children()
         if self.open_members:
-            self.park(None)
+            self.park(None, keeps_slot=self.keeps_slot())
 
     def cancel_idle_members(self) -> None:
         """Cancels the members of joins that nobody has begun, and asks children to cancel; what runs goes on."""
@@ -89,8 +96,7 @@ class Telling(Claimed):
 
     def cleanup_is_out(self) -> bool:
         """Whether members are out that clean up. Such are scheduled after draining only, so the others are closed."""
-        out = (step.args_json for step in self.history.values() if not step.status.is_terminal)
-        return any(isinstance(args, Mapping) and args.get("cleanup") for args in out)
+        return any(is_cleanup(step) for step in self.history.values() if not step.status.is_terminal)
 
     def _hand_over_to_another_worker(self) -> NoReturn:
         with self.unwinding():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from celery_flows.store.clock import boottime
+
+T = TypeVar("T")
 
 
 class TimeIsUp(BaseException):
@@ -59,3 +62,25 @@ def _alarm(seconds: float) -> Iterator[None]:
         armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+async def bounded(coroutine: Coroutine[Any, Any, T], seconds: float | None) -> T:
+    """Bounds a coroutine: it is cancelled where it awaits. One that does not, or that swallows that, is judged when it
+    ends. No alarm, which could strike in the event loop's own code.
+
+    Raises:
+        TimeIsUp: it took longer.
+    """
+    if seconds is None:
+        return await coroutine
+    began = boottime()
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            value = await coroutine
+    except TimeoutError:
+        if limit.expired():
+            raise TimeIsUp from None
+        raise
+    if boottime() - began > seconds:
+        raise TimeIsUp
+    return value

@@ -9,10 +9,11 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from celery_flows.store import FlowStepStatus
+from celery_flows.store import FlowStepStatus, InvalidData
 from celery_flows.store.changes import StepWrite
 from celery_flows.store.script import is_conflict
 from celery_flows.tasks.inline import Attempts, step_name
+from celery_flows.tasks.loop import is_async
 from celery_flows.tasks.options import StepOptions, options_of
 from celery_flows.tasks.payloads import read_back, result_codec
 from celery_flows.tasks.replay import Replay
@@ -33,10 +34,14 @@ def run_transaction(
 
     Raises:
         StepFailed: it failed for good; nothing of it was written.
+        InvalidData: it is async.
     """
     driver = replay.driver
     options = options.over(options_of(work)).over(driver.defaults)
-    place = replay.place(options.name or step_name(work), options.key)
+    name = options.name or step_name(work)
+    if is_async(work):
+        raise InvalidData(f"step {name}", "is async; a transaction's function is not, and has a plain Session")
+    place = replay.place(name, options.key)
     known = replay.find(place)
     codec = result_codec(work)
     if known is not None and known.status.is_terminal:
@@ -49,7 +54,8 @@ def run_transaction(
         session = Session(connection, join_transaction_mode="create_savepoint")
         try:
             with session, replay.inside(place.name), time_limit(options.seconds):
-                value = work(session, *args, **kwargs)
+                with replay.interruptible().body():
+                    value = work(session, *args, **kwargs)
                 session.flush()
                 result = codec.encode(what, value, driver.max_payload_bytes)
                 session.commit()

@@ -50,6 +50,14 @@ def after_commit(transaction: Transaction, action: Callable[[], object]) -> None
     pending.actions.append(action)
 
 
+def once_committed(caller: Transaction | None, action: Callable[[], object]) -> None:
+    """Acts after the caller's commit; without a caller all is committed, so now."""
+    if caller is None:
+        action()
+    else:
+        after_commit(caller, action)
+
+
 class _Pending:
     """What waits for the end of a transaction; kept with the pooled connection, or with the session.
 

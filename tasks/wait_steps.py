@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
@@ -27,7 +26,7 @@ def sleep(replay: Replay, until: Callable[[], datetime]) -> None:
     at = until() if known is None else datetime.fromisoformat(known.args_json["at"])
     if known is None:
         driver.check_horizon(at)
-    step = _wait_step(place, {"at": at.isoformat()}, known)
+    step = _wait_step(place, replay.taken_with(place, at=at.isoformat()), known)
     if driver.now() >= at:
         driver.record(_closed(step, FlowStepStatus.SUCCEEDED), current_step="sleep")
     else:
@@ -46,7 +45,8 @@ def wait_for(replay: Replay, name: str, topic: str, correlation_id: str, timeout
     if known is None or not known.status.is_terminal:
         replay.begin()
         wait = _external_wait(replay, topic, correlation_id, timeout, place.run_id, known)
-        step = _wait_step(place, wait.model_dump(mode="json", exclude={"kind", "run_id"}), known)
+        told = wait.model_dump(mode="json", exclude={"kind", "run_id"})
+        step = _wait_step(place, replay.taken_with(place, **told), known)
         replay.refuse_in_cleanup(name)
         known = replay.tell_once(lambda: replay.driver.wait_for_event(wait, step))
     if known.status is FlowStepStatus.FAILED and (known.error_json or {}).get("type") == WAIT_TIMED_OUT:
@@ -80,10 +80,10 @@ def _external_wait(
     return ExternalEventWait(topic=topic, correlation_id=correlation_id, timeout_at=timeout_at, run_id=run_id)
 
 
-def _wait_step(place: Place, args: dict[str, Any], known: FlowStep | None) -> StepWrite:
+def _wait_step(place: Place, args: str | None, known: FlowStep | None) -> StepWrite:
     # A wait that is taken up again tells of the row that is there: same id, same position.
     same = {"position": place.position} if known is None else {"position": known.position, "id": known.id}
-    return StepWrite(place.run_id, place.name, FlowStepStatus.RUNNING, args=json.dumps(args), **same)
+    return StepWrite(place.run_id, place.name, FlowStepStatus.RUNNING, args=args, **same)
 
 
 def _closed(step: StepWrite, status: FlowStepStatus) -> StepWrite:

@@ -18,8 +18,7 @@ import click
 from alembic.util import CommandError
 from celery import Celery
 
-from celery_flows.store import FlowError, FlowStatus, InvalidData, StoreError, audit, schema
-from celery_flows.store import operations as op
+from celery_flows.store import FlowError, FlowStatus, InvalidData, StoreError, audit, limits, schema
 from celery_flows.store.engines import make_engine
 from celery_flows.tasks import maintenance
 from celery_flows.tasks.errors import FlowFailed, UnknownFlow
@@ -153,10 +152,17 @@ def start(
         click.echo(f"{handle.id} {ended.status}\n{json.dumps(ended.result_json, ensure_ascii=False)}")
 
 
+def _utc(moment: datetime | None) -> datetime | None:
+    return None if moment is None else moment.replace(tzinfo=UTC)
+
+
 @flow.command(name="list")
 @click.option("--status", type=click.Choice([status.value for status in FlowStatus]), help="Only these.")
 @click.option("--owner", help="Only this owner's.")
 @click.option("--flow", "definition", help="Only flows of this name.")
+@click.option("--key", help="Only the flow, one of each name, that was started with this idempotency key.")
+@click.option("--since", type=click.DateTime(), help="Only flows created since then, in UTC.")
+@click.option("--until", type=click.DateTime(), help="Only flows created before then, in UTC.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
 @click.option("--after", type=FlowId(), help="The last flow of the page before.")
 @as_json
@@ -166,16 +172,21 @@ def list_(
     status: str | None,
     owner: str | None,
     definition: str | None,
+    key: str | None,
+    since: datetime | None,
+    until: datetime | None,
     limit: int,
     after: UUID | None,
     as_json: bool,
 ) -> None:
     """Lists flows, newest first."""
-    found = flows.store.run(
-        op.list_recent,
-        status=None if status is None else FlowStatus(status),
+    found = flows.search(
+        status=status,
         owner=owner,
         definition=definition,
+        key=key,
+        created_after=_utc(since),
+        created_before=_utc(until),
         limit=limit,
         after=None if after is None else flows.manager.get(after),
     )
@@ -195,16 +206,18 @@ def show(flows: Flows, flow_id: UUID, events: int, as_json: bool) -> None:
     found = flows.manager.get(flow_id)
     steps = flows.store.list_steps(flow_id)
     history = flows.store.list_events(flow_id, events)[::-1]
+    queued_at = flows.store.run(limits.queued_since, flow_id)
     if as_json:
         output.show_json(
             {
                 "flow": found.model_dump(mode="json"),
                 "steps": [step.model_dump(mode="json") for step in steps],
                 "events": [event.model_dump(mode="json") for event in history],
+                "queued_at": queued_at,
             }
         )
     else:
-        output.show_flow(found, steps, history)
+        output.show_flow(found, steps, history, queued_at)
 
 
 @flow.command()
@@ -266,7 +279,6 @@ def verify(flows: Flows, flow_ids: tuple[UUID, ...], since: datetime | None, as_
 
     Exit code 1 if anything is not as it must be.
     """
-    moment = None if since is None else since.replace(tzinfo=UTC)
     looked_at = 0
 
     def progress(number: int) -> None:
@@ -274,7 +286,7 @@ def verify(flows: Flows, flow_ids: tuple[UUID, ...], since: datetime | None, as_
         looked_at = number
 
     found = []
-    for finding in audit.verify(flows.store, list(flow_ids) or None, since=moment, progress=progress):
+    for finding in audit.verify(flows.store, list(flow_ids) or None, since=_utc(since), progress=progress):
         found.append(finding)
         if not as_json:
             click.echo(str(finding))

@@ -19,6 +19,7 @@ from celery_flows.worker.output import printable
 
 CLOCK_SECONDS = 5.0  # a machine further off shows times that mislead whoever reads them
 OVERDUE_SECONDS = 60.0  # sweeps look every second
+QUEUED_SECONDS = 600.0  # for a slot of a limit
 PUBLISHED_TIMES = 3  # with the default pauses: some 15 seconds unclaimed
 CRASHES = 2
 DAY_SECONDS = 86_400.0
@@ -58,6 +59,12 @@ KINDS = {
     ),
     "overdue": Kind(
         True, "work has been due for long, and no sweep has looked at it", "start a worker; look for errors in its log"
+    ),
+    "queued": Kind(
+        False,
+        "flows have queued for a slot of their limit for long: more are started than it lets through, or those that "
+        "have the slots take long",
+        "raise the limit, or look at the flows that run",
     ),
     "stalled": Kind(
         False,
@@ -206,6 +213,9 @@ def _work(runtime: Runtime, now: datetime, stalled_seconds: float) -> Iterator[F
         yield Finding("overdue", f"{count} rows, the first for {(now - since).total_seconds():.0f} s")
     for group in store.run(health.list_unclaimed, PUBLISHED_TIMES):
         yield Finding("unclaimed", f"{group.count} of {group.task!r} on queue {_queue(runtime, group.queue)}")
+    for queue in store.run(health.list_queued, QUEUED_SECONDS):
+        waited = (now - queue.since).total_seconds()
+        yield Finding("queued", f"{queue.count} of {queue.definition!r}, the first for {waited:.0f} s")
     for row in store.run(health.list_stalled, stalled_seconds):
         since = row.since or now
         yield Finding("stalled", f"{_row(row)}, held by {row.worker}, for {(now - since).total_seconds():.0f} s")

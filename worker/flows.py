@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import timedelta
+import asyncio
+from collections.abc import Callable, Coroutine
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Self, TypeVar, overload
 from uuid import UUID
@@ -15,20 +16,25 @@ from celery.canvas import Signature
 from celery.schedules import crontab
 from sqlalchemy.orm import Session
 
-from celery_flows.store import FlowManager, InvalidData, SqlFlowStore
+from celery_flows.store import Flow, FlowManager, FlowStatus, InvalidData, SqlFlowStore
+from celery_flows.store import operations as op
+from celery_flows.store.clock import as_utc
 from celery_flows.store.schedules import Overlap
 from celery_flows.store.validation import check_name, check_text
 from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.celery_tasks import register
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.limit import Limit
 from celery_flows.tasks.mirror import Mirror, MirrorRule, flow_id_of_root
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.retry import Retry
 from celery_flows.tasks.run import Run
+from celery_flows.tasks.run_async import AsyncRun
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.schedule import CatchUp, parse_schedule
 from celery_flows.tasks.settings import FlowSettings
+from celery_flows.tasks.waiting import register_waiting_flows
 from celery_flows.worker.lifecycle import install
 from celery_flows.worker.schedule import add_beat_entries, add_late_beat_entry
 
@@ -61,6 +67,7 @@ class Flows:
         self.app = app
         self.runtime = Runtime(app, store)
         register(app, self.runtime)
+        register_waiting_flows(self.runtime)
         install(app, self.runtime)
         add_beat_entries(app, self.runtime)
         _installed[app] = self
@@ -103,6 +110,7 @@ class Flows:
         retry: Retry | None = None,
         timeout: timedelta | None = None,
         priority: int | None = None,
+        limit: Limit | None = None,
         schedule: crontab | timedelta | float | None = None,
         catch_up: CatchUp = "last",
         overlap: Overlap = "allow",
@@ -117,6 +125,8 @@ class Flows:
             timeout: how long after its start a flow has to end; past that it is told (:class:`FlowTimedOut`), and
                 fails.
             priority: of its messages, 0 to 255, as your broker has it.
+            limit: how many of them may be at work, or begin within some time (:class:`Limit`); the others queue, by
+                priority and then by age.
             schedule: have beat start it: a Celery crontab, by the clock of the app's time zone, or an interval as
                 timedelta or seconds. One flow for each slot, however many beats there are. Its input, if it takes any,
                 is the slot's time.
@@ -127,13 +137,13 @@ class Flows:
                 or all, by ``catch_up``.
 
         Raises:
-            InvalidData: name and version are taken, the function takes more than the run and one input, or an option is
-                wrong.
+            InvalidData: name and version are taken, the function takes more than the run and one input, is async and
+                takes no AsyncRun, or an option is wrong.
         """
         by = None if schedule is None else parse_schedule(name, schedule, catch_up, overlap)
         define = partial(
             FlowDefinition, self.runtime, name, queue=queue, version=version, retry=retry, timeout=timeout,
-            priority=priority, schedule=by,
+            priority=priority, schedule=by, limit=limit,
         )  # fmt: skip
         return _Define(define, self.runtime)
 
@@ -147,6 +157,62 @@ class Flows:
             return FlowHandle(self.runtime, flow_id if isinstance(flow_id, UUID) else UUID(flow_id))
         except ValueError:
             raise InvalidData("flow_id", "is no flow id (a UUID)") from None
+
+    def search(
+        self,
+        *,
+        owner: str | None = None,
+        status: FlowStatus | str | None = None,
+        definition: str | None = None,
+        key: str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        limit: int = 100,
+        after: Flow | None = None,
+    ) -> list[Flow]:
+        """Flows that fit all that is given, newest first, a page at a time; as quick among millions as among few.
+
+        Args:
+            definition: the name of its definition, in whatever version.
+            key: the idempotency key it was started with.
+            created_after, created_before: aware times, by the database's clock; the first is included, the second not.
+            limit: at most so many.
+            after: the last flow of the page before.
+
+        Raises:
+            InvalidData: there is no such status, a time is naive, or the limit is below 1.
+        """
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise InvalidData("limit", "must be a whole number from 1")
+        return self.store.run(
+            op.search_flows,
+            owner=owner,
+            status=None if status is None else _status(status),
+            definition=definition,
+            key=key,
+            created_after=None if created_after is None else as_utc("created_after", created_after),
+            created_before=None if created_before is None else as_utc("created_before", created_before),
+            limit=limit,
+            after=after,
+        )
+
+    async def asearch(
+        self,
+        *,
+        owner: str | None = None,
+        status: FlowStatus | str | None = None,
+        definition: str | None = None,
+        key: str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        limit: int = 100,
+        after: Flow | None = None,
+    ) -> list[Flow]:
+        """:meth:`search`, awaited."""
+        return await asyncio.to_thread(
+            self.search, owner=owner, status=status, definition=definition, key=key, created_after=created_after,
+            created_before=created_before, limit=limit, after=after,
+        )  # fmt: skip
 
     def emit(
         self, topic: str, correlation_id: str, payload: Any = None, *, session: sa.Connection | Session | None = None
@@ -207,12 +273,23 @@ class Flows:
         return FlowHandle(self.runtime, flow_id_of_root(task_id))
 
 
+def _status(status: FlowStatus | str) -> FlowStatus:
+    try:
+        return FlowStatus(status)
+    except ValueError:
+        raise InvalidData("status", f"is one of {', '.join(FlowStatus)}") from None
+
+
 class _Define:
     """What ``@flows.flow(name)`` gives: takes the function, gives its definition."""
 
     def __init__(self, define: Callable[..., FlowDefinition[Any, Any]], runtime: Runtime) -> None:
         self._define, self._runtime = define, runtime
 
+    @overload
+    def __call__(self, function: Callable[[AsyncRun, In], Coroutine[Any, Any, Out]]) -> FlowDefinition[In, Out]: ...
+    @overload
+    def __call__(self, function: Callable[[AsyncRun], Coroutine[Any, Any, Out]]) -> FlowDefinition[None, Out]: ...
     @overload
     def __call__(self, function: Callable[[Run, In], Out]) -> FlowDefinition[In, Out]: ...
     @overload

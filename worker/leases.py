@@ -9,17 +9,16 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from celery.worker import state
 
 from celery_flows.store import dispatch
 from celery_flows.store.clock import boottime
-from celery_flows.tasks.publish import DRIVE_TASK, STEP_TASK
-from celery_flows.tasks.runtime import NODE, Runtime, pid_of, worker_token
+from celery_flows.tasks.runtime import NODE, Runtime, pid_of
 from celery_flows.tasks.steps import time_out
+from celery_flows.worker.processes import held_by, is_alive
+from celery_flows.worker.stops import EndProcess, Stops
 
 log = logging.getLogger("celery_flows.leases")
 
@@ -29,8 +28,9 @@ LOOKS_FOR_THE_DEAD = 5
 class Leases:
     """The leases of one worker's process tree."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, end_process: EndProcess) -> None:
         self._runtime = runtime
+        self._stops = Stops(runtime, end_process)
         self._interval = runtime.settings.lease_seconds / 3
         self._seen: dict[str, int] = {}  # token → pid, as of the last look
         self._dead: dict[str, int] = {}  # token → looks left; a row that somebody has locked is asked for again
@@ -40,10 +40,12 @@ class Leases:
         self._renewed_at = boottime()
 
     def keep(self) -> None:
-        """One look: gives up what dead children held, at once; renews the rest, once per third of a lease."""
+        """One look: gives up what dead children held, at once; renews the rest, once per third of a lease; interrupts
+        what is at work for flows that are to end."""
         self._look()
         if self._dead and not self._runtime.stopping.is_set():  # a stopping worker's did not crash
             self._time_out()
+            self._stops.settle(self._dead)
             if released := self._runtime.store.run(dispatch.release, list(self._dead)):
                 log.warning("released %d leases of dead worker processes", released)
             self._dead = {token: looks - 1 for token, looks in self._dead.items() if looks > 1}
@@ -51,6 +53,7 @@ class Leases:
             if self._seen:
                 self._runtime.store.run(dispatch.renew, list(self._seen), self._runtime.settings.lease_seconds)
             self._renewed_at = boottime()
+        self._stops.look(self._seen)
 
     def lost(self, request: Any) -> None:
         """Celery tells that the process of this request has died; maybe it began since the last look. Never waits."""
@@ -87,39 +90,3 @@ class Leases:
         dead = {token for token, pid in {**before, **current}.items() if not is_alive(pid)}
         self._dead |= dict.fromkeys(dead, LOOKS_FOR_THE_DEAD)
         self._seen = {token: pid for token, pid in current.items() if token not in dead}
-
-
-def held_by(requests: Iterable[Any]) -> dict[str, int]:
-    """The tokens of our running requests, with the process that runs each; the set changes while we look.
-
-    By the request's type: its name is what Flower shows, the flow's or step's.
-    """
-    while True:
-        try:
-            running = [request for request in list(requests) if request.type in (DRIVE_TASK, STEP_TASK)]
-            break
-        except RuntimeError:
-            continue
-    held = [request for request in running if request.worker_pid is not None]
-    return {worker_token(request.worker_pid, request.id): request.worker_pid for request in held}
-
-
-def is_alive(pid: int) -> bool:
-    """Whether the process runs; one that died and was not waited for yet does not."""
-    if pid == os.getpid():
-        return True
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return not Path("/proc/self/stat").exists() and _answers(pid)
-    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
-
-
-def _answers(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

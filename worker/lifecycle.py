@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -71,8 +72,10 @@ class WorkerStep(bootsteps.StartStopStep):
         refuse_or(lambda: self.runtime.store)
         guard_tasks(self.runtime.app)
         self.runtime.stopping = Stopping()  # the pool has not forked yet
+        self.runtime.interrupts.share()
+        signals.worker_process_init.connect(self._listen, weak=False)
         settings = self.runtime.settings
-        self._leases = Leases(self.runtime)
+        self._leases = Leases(self.runtime, lambda pid: parent.pool.terminate_job(pid, signal.SIGKILL))
         # Two threads: a sweep that is held up must not keep leases from being renewed.
         keeper = Ticker("leases", self._leases.keep, min(LOOK_SECONDS, settings.lease_seconds / 10))
         self._tickers = [keeper, Ticker("sweep", self._sweep, settings.sweep_seconds)]
@@ -94,6 +97,9 @@ class WorkerStep(bootsteps.StartStopStep):
             ticker.start()
         # Not in stop(), which comes before the pool's: that waits for what is running, and its leases must be kept.
         signals.worker_shutdown.connect(self._end, sender=parent, weak=False)
+
+    def _listen(self, **_: Any) -> None:
+        self.runtime.interrupts.listen()
 
     def close(self, parent: Any) -> None:
         """Every way to stop begins with this, but for a soft one."""

@@ -75,7 +75,9 @@ def flow_row(flow: Flow) -> list[object]:
 FLOW_COLUMNS = ("id", "flow", "status", "step", "owner", "updated")
 
 
-def show_flow(flow: Flow, steps: Sequence[FlowStep], events: Sequence[FlowEvent]) -> None:
+def show_flow(
+    flow: Flow, steps: Sequence[FlowStep], events: Sequence[FlowEvent], queued_at: datetime | None = None
+) -> None:
     """One flow as a story: what it is, its steps, what happened (oldest first)."""
     facts = {
         "flow": flow.controller_id,
@@ -86,12 +88,16 @@ def show_flow(flow: Flow, steps: Sequence[FlowStep], events: Sequence[FlowEvent]
         "started": moment(flow.created_at),
         "ended": moment(flow.finished_at),
         "waits for": flow.wait_json and describe_wait(flow.wait_json),
+        "queues for a slot": queued_at and f"since {moment(queued_at)}",
         "cancel requested": "yes" if flow.cancel_requested else None,
         "paused": moment(flow.paused_at),
+        "forked from": flow.forked_from,
+        "goes on as": flow.continued_as,
         "mirrored": "yes" if flow.mode is FlowMode.MIRRORED else None,
         "input": _shortened(flow.input_json),
         "result": _shortened(flow.result_json),
         "error": flow.error_json and f"{flow.error_json['type']}: {flow.error_json['message']}",
+        "not undone": ", ".join((flow.error_json or {}).get("undo_failed", ())) or None,
     }
     show_table(str(flow.id), ("what", "is"), [(name, value) for name, value in facts.items() if value is not None])
     click.echo()

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from celery_flows.store import operations as op
 from celery_flows.store.dispatch import Hint
-from celery_flows.store.tables import UtcDateTime, flow_dispatch, flows
+from celery_flows.store.tables import UtcDateTime, flow_dispatch, flow_limits, flows
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.settings import load_settings
 from celery_flows.tasks.testing.broker import in_memory
@@ -26,7 +26,7 @@ from celery_flows.tasks.testing.stuck import NeverStruck, Spins, Stuck, tell_wai
 
 T = TypeVar("T")
 
-_d = flow_dispatch.c
+_d, _l = flow_dispatch.c, flow_limits.c
 
 
 class OutOfPatience(BaseException):
@@ -79,7 +79,7 @@ class FlowApp:
                 while (message := self.messages.take()) is not None:
                     self._deliver(message)
                 report = self._hands.sweep()
-                if not (report.due or report.handed_over or report.settled):
+                if not (report.due or report.handed_over or report.admitted or report.settled):
                     return
 
     def check_struck(self) -> None:
@@ -134,10 +134,13 @@ class FlowApp:
 
     def _next_due(self) -> datetime | None:
         paused = sa.exists().where(flows.c.id == _d.flow_id, flows.c.paused_at.isnot(None))
+        queued = sa.select(_d.limit_key).where(_d.queued_at.isnot(None), ~paused)
         with self.store.engine.connect() as connection:
-            later = _d.due_at > sa.literal(op.now(connection), UtcDateTime())
-            due: datetime | None = connection.scalar(sa.select(sa.func.min(_d.due_at)).where(later, ~paused))
-        return due
+            now = sa.literal(op.now(connection), UtcDateTime())
+            rows = sa.select(sa.func.min(_d.due_at)).where(_d.due_at > now, ~paused)
+            limits = sa.select(sa.func.min(_l.due_at)).where(_l.due_at > now, _l.key.in_(queued))
+            due = [connection.scalar(rows), connection.scalar(limits)]
+        return min((at for at in due if at is not None), default=None)
 
     # ---- work ----
 

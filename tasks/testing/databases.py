@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from celery_flows.store import InvalidData, health, schema
 from celery_flows.store.engines import make_engine, parse_url
-from celery_flows.store.tables import flow_dispatch, flow_heartbeats, flow_inbox, flows
+from celery_flows.store.tables import flow_dispatch, flow_heartbeats, flow_inbox, flow_limits, flows
 
 MARK = "tests"  # the heartbeat that says that the database is the test kit's to empty
 
@@ -35,7 +35,13 @@ def copy_template(template: Path, path: Path) -> str:
 
 def wipe(connection: sa.Connection) -> None:
     """Empties our tables."""
-    for table in (flow_inbox, flow_dispatch, flow_heartbeats, flows):  # steps and events go with their flows
+    for table in (
+        flow_inbox,
+        flow_dispatch,
+        flow_heartbeats,
+        flow_limits,
+        flows,
+    ):  # steps and events go with their flows
         connection.execute(sa.delete(table))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -15,8 +15,12 @@ from sqlalchemy import Connection
 from celery_flows.store import Flow, FlowStep, FlowStepStatus
 from celery_flows.store.changes import Join, Member, StepWrite
 from celery_flows.store.waits import ExternalEventWait, TimerWait
+from celery_flows.tasks.awaited import EVENT, TIMER
+from celery_flows.tasks.call import call_flow
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import HistoryMismatch
+from celery_flows.tasks.interrupts import IN_PEACE, Interruptible
+from celery_flows.tasks.loop import Loop, call
 from celery_flows.tasks.payloads import describe, result_codec
 from celery_flows.tasks.registry import FlowDefinition, Registry
 from celery_flows.tasks.replay import Place, Replay, Suspended
@@ -105,22 +109,22 @@ class InlineDriver(Driver):
         self._definition, self._steps, self._events = definition, steps, events
         self._kept: dict[str, FlowStep] = {}
         self._now = datetime.now(UTC)
+        self.loop = Loop()
         self.lineage = (definition.name,)  # Python's own limit of recursion comes before ours
 
     def play(self) -> Any:
         """Runs the function until it does not ask for more."""
-        while True:
-            self.history, self._by_position = dict(self._kept), None
-            with suppress(Suspended):
-                return self._once()
+        with closing(self.loop):
+            while True:
+                self.history, self._by_position, self.is_cleaning = dict(self._kept), None, False
+                with suppress(Suspended):
+                    return self._once()
 
     def _once(self) -> Any:
         definition, replay = self._definition, Replay(self)
         run = Run(replay)
-        arguments = [definition.input.decode("input", self.flow.input_json)] if definition.takes_input else []
         try:
-            value = definition.function(run, *arguments)
-            result = json.loads(definition.output.encode("result", value, self.max_payload_bytes))
+            result = call_flow(definition, replay, run)
         except Exception:
             run.clean_up()
             raise
@@ -136,7 +140,17 @@ class InlineDriver(Driver):
     def join_group(self) -> int:
         return 0
 
+    @property
+    def queue(self) -> None:
+        return None
+
     def check_stop(self) -> None: ...
+
+    def may_go_on(self) -> bool:
+        return True
+
+    def has_to_tell(self) -> bool:
+        return False
 
     def to_be_told(self) -> None:
         return None
@@ -146,6 +160,10 @@ class InlineDriver(Driver):
 
     def cancel_idle_members(self) -> None:
         """They are closed."""
+
+    def interruptible(self) -> Interruptible:
+        """Nobody interrupts."""
+        return IN_PEACE
 
     def interrupt(self, error: BaseException) -> None:
         """It ends the test."""
@@ -162,7 +180,11 @@ class InlineDriver(Driver):
     def retry(self, step: StepWrite, pause: float) -> None:
         self._keep(step)
 
-    def update_state(self, place: Place, patch: Mapping[str, Any]) -> None:
+    def note_retry(self, step: StepWrite, pause: float) -> datetime:
+        self._keep(step)
+        return self._now
+
+    def update_state(self, place: Place, patch: Mapping[str, Any], args: str | None) -> None:
         self._keep(StepWrite(place.run_id, place.name, FlowStepStatus.SUCCEEDED, place.position))
 
     def transact(self, write: Callable[[Connection], StepWrite]) -> str:
@@ -175,8 +197,19 @@ class InlineDriver(Driver):
         raise _needs_a_store(f"the driver's {name}")
 
     def join(self, members: Sequence[Member], join: Join, *, cleanup: bool) -> NoReturn:
-        for member in members:
-            self._keep(self._outcome(member))
+        never_comes: Refused | None = None
+        succeeded = 0
+        for member in sorted(members, key=_turn):
+            try:
+                kept = self._keep(self._outcome(member))
+            except Refused as refused:
+                if member.task != EVENT:
+                    raise
+                never_comes = refused  # others may be enough
+            else:
+                succeeded += kept.status is FlowStepStatus.SUCCEEDED
+        if never_comes is not None and succeeded < join.good:
+            raise never_comes
         raise Suspended
 
     def wait(self, timer: TimerWait, step: StepWrite) -> NoReturn:
@@ -218,10 +251,11 @@ class InlineDriver(Driver):
         if work is None:
             return None
         if member.child is not None:
-            value = work(*([] if member.child.input_json is None else [member.child.input_json]))
+            args, kwargs = [] if member.child.input_json is None else [member.child.input_json], {}
         else:
             called = json.loads(member.args)
-            value = work(*called["args"], **called["kwargs"])
+            args, kwargs = called["args"], called["kwargs"]
+        value = call(self.loop, work, args, kwargs, None, IN_PEACE)
         return result_codec(work).encode(f"result of step {member.task}", value, self.max_payload_bytes)
 
     def _result(self, member: Member) -> str:
@@ -236,8 +270,13 @@ class InlineDriver(Driver):
         if task is None:
             raise Refused(Stuck(f"the app has no task {member.task!r}: give run_inline a function for it, steps={{…}}"))
         called = json.loads(member.args)
-        value = task(*called["args"], **called["kwargs"])
+        value = call(self.loop, task, called["args"], called["kwargs"], None, IN_PEACE)
         return result_codec(task.run).encode(what, value, self.max_payload_bytes)
+
+
+def _turn(member: Member) -> int:
+    """An event comes after all that is at work, a time after all else."""
+    return (EVENT, TIMER).index(member.task) + 1 if member.task in (EVENT, TIMER) else 0
 
 
 def _closed(step: StepWrite, status: FlowStepStatus, **outcome: Any) -> StepWrite:

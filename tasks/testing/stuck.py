@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from celery_flows.store import Flow, FlowStatus, FlowStepStatus, SqlFlowStore
+from celery_flows.store import Flow, FlowStatus, FlowStepStatus, SqlFlowStore, limits
 from celery_flows.store.models import OPEN
 
 SHOWN = 5
@@ -42,6 +42,8 @@ def _reason(store: SqlFlowStore, flow: Flow) -> str:
         return "is paused: flows.manager.unpause(…) lets it go on"
     if flow.status is FlowStatus.WAITING:
         return _wait(flow.wait_json or {})
+    if store.run(limits.queued_since, flow.id) is not None:
+        return "queues for a slot of its limit"
     waits_for = ", ".join(_members(store, flow))
     return f"waits for its steps: {waits_for}" if waits_for else f"is {flow.status.value}"
 

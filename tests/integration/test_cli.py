@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from celery_flows import FlowManager, FlowStatus, SqlFlowStore
-from celery_flows.store import schema
+from celery_flows.store import Flow, schema
 from celery_flows.store.engines import make_engine
 from celery_flows.store.tables import flow_dispatch, flows
 from celery_flows.worker.__main__ import main
@@ -252,6 +252,11 @@ def test_list_filters_and_turns_pages(project: Project, store: SqlFlowStore) -> 
     assert listed("--limit", "4") == [other, *made[:1:-1]]
     assert listed("--limit", "4", "--after", str(made[2])) == made[1::-1]
     assert listed("--owner", "nobody") == []
+    kept = manager.create_managed(controller_id="orders/keyed", owner_session_key="ada", idempotency_key="k")
+    assert listed("--key", "k") == [kept.id]
+    later = (kept.created_at + timedelta(seconds=1)).strftime("%Y-%m-%dT%H:%M:%S")
+    assert listed("--since", later) == []
+    assert listed("--until", later, "--limit", "2") == [kept.id, other]
 
 
 def test_list_in_a_pipe_is_a_line_a_flow_with_its_cells_parted_by_tabs(project: Project, store: SqlFlowStore) -> None:
@@ -297,6 +302,12 @@ def test_show_tells_the_whole_story(served: Project) -> None:
     assert [event["kind"] for event in as_json["events"]] == ["step_succeeded", "finished"]
     assert code == 0
     assert {flow_id, "Steps", "History", "twice"} <= set(re.split(r"\s+|\x1b\[\d*m", shown))
+
+
+def test_show_tells_of_which_flow_it_is_a_fork(project: Project, store: SqlFlowStore) -> None:
+    forked = Flow(controller_id="orders/import", owner_session_key="ada", forked_from=uuid4())
+    store.insert(forked)
+    assert f"forked from\t{forked.forked_from}" in project.done("show", str(forked.id)).splitlines()
 
 
 # steer

@@ -202,7 +202,7 @@ def test_the_first_success_is_the_result_and_the_others_are_cancelled(bench: Ben
 
     @bench.flows.flow("races")
     def races(run: Run) -> Any:
-        return run.first([halve.s(n) for n in (1, 20, 30, 40)])
+        return list(run.first([halve.s(n) for n in (1, 20, 30, 40)]))
 
     handle = races.start()
     bench.drive(handle.id)
@@ -210,9 +210,9 @@ def test_the_first_success_is_the_result_and_the_others_are_cancelled(bench: Ben
     bench.run_step(steps[1], goes_on=False)  # fails
     assert [kind for kind, _ in bench.claimable()].count("drive") == 0
     bench.run_step(steps[3])
-    assert handle.result(0) == 15
+    assert handle.result(0) == [2, 15]
     assert bench.effects == [1, 30]
-    assert statuses(bench, handle.id) == ["failed", "cancelled", "succeeded", "cancelled", "succeeded"]
+    assert statuses(bench, handle.id) == ["failed", "cancelled", "succeeded", "cancelled", "succeeded", "succeeded"]
 
 
 def test_who_was_first_stays_first(bench: Bench) -> None:
@@ -221,7 +221,7 @@ def test_who_was_first_stays_first(bench: Bench) -> None:
 
     @bench.flows.flow("races")
     def races(run: Run) -> list[Any]:
-        first = run.first([halve.s(n) for n in (20, 30)])
+        first = run.first([halve.s(n) for n in (20, 30)]).value
         run.wait_for("go", "on")
         return [first, run.step(str, "end")]
 
@@ -260,7 +260,7 @@ def test_children_that_lose_are_cancelled(bench: Bench) -> None:
 
     @bench.flows.flow("races")
     def races(run: Run) -> str:
-        return run.first([child.s("a"), child.s("b")])
+        return run.first([child.s("a"), child.s("b")]).value
 
     handle = races.start()
     bench.work()

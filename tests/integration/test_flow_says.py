@@ -66,6 +66,20 @@ def test_a_flow_that_has_ended_cannot_be_approved(bench: Bench) -> None:
         handle.approve("expense", by="bob")
 
 
+def test_a_second_decision_of_one_name_answers_the_next_question_of_that_name(bench: Bench) -> None:
+    """It is not dropped, nor does it change the first answer: the flow may ask again."""
+
+    @bench.flows.flow("asks twice")
+    def asks_twice(run: Run) -> list[str]:
+        return [run.approval("expense").by, run.approval("expense").by]
+
+    handle = asks_twice.start()
+    bench.work()
+    handle.approve("expense", by="ann")
+    handle.approve("expense", by="bob")
+    assert bench.finish(handle) == ["ann", "bob"]
+
+
 @pytest.mark.parametrize(("name", "by", "field"), [("", "ann", "approval"), ("expense", "", "by")])
 def test_a_decision_without_a_name_is_refused(bench: Bench, name: str, by: str, field: str) -> None:
     handle = asking(bench).start()

@@ -6,7 +6,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -23,9 +23,11 @@ from celery_flows import (
     step,
 )
 from celery_flows.store import dispatch
+from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.steps import time_out
 from celery_flows.tasks.timeout import TimeIsUp, time_limit
 from tests.support.bench import Bench
+from tests.support.waiting import until
 
 SHORT = timedelta(milliseconds=50)
 FOREVER = 60.0  # seconds; a test that waits for it has failed
@@ -240,3 +242,31 @@ def test_a_timeout_that_makes_no_sense_is_refused(bench: Bench, timeout: Any) ->
         bench.flows.flow("x", timeout=timeout)(lambda run: None)
     with pytest.raises(InvalidData, match="step timeout"):
         step(timeout=timeout)
+
+
+def test_a_deadline_that_passes_just_before_the_flow_parks_is_not_slept_through(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the deadline and the park: nobody else would wake the flow."""
+
+    @bench.task("member")
+    def member() -> None: ...
+
+    @bench.flows.flow("late", timeout=timedelta(seconds=0.3))
+    def late(run: Run) -> None:
+        run.step(member)
+
+    joining, struck = Driver.join, []
+
+    def slowly(driver: Driver, *args: Any, **options: Any) -> NoReturn:
+        until(driver.is_late, "the deadline passes", within_seconds=5)
+        struck.append(driver.flow.id)
+        joining(driver, *args, **options)
+
+    monkeypatch.setattr(Driver, "join", slowly)
+    handle = late.start()
+    bench.drive(handle.id)
+    assert struck == [handle.id]
+    bench.drive(handle.id)  # it is due at once
+    with pytest.raises(FlowFailed, match="FlowTimedOut"):
+        handle.result(0)

@@ -32,7 +32,10 @@ GUIDE = Path(__file__).parents[2] / "docs" / "guide"
 ELSEWHERE = {
     "testing": "test_testing_docs.py",
     "mirroring": "test_mirroring_page.py",
-}  # a project, a process of its own
+    "async": "test_async_page.py",
+    "limits": "test_limits_page.py",
+    "going-back": "test_going_back_page.py",
+}  # a project, a process, a server of its own
 
 _read: set[str] = set()  # the pages that tests here read
 
@@ -210,6 +213,15 @@ def test_who_does_not_decide_is_reminded(bench: Bench, guide: Any) -> None:
 def test_parcels_are_weighed_side_by_side(bench: Bench, guide: Any) -> None:
     assert bench.finish(guide.weigh_all.start(["a", "bb"])) == "3 kg, booked fast"
     assert bench.finish(guide.cheapest.start("a")) == "booked fast"
+
+
+@reads("fan-out")
+def test_payment_a_decision_or_a_time_is_awaited(bench: Bench, guide: Any) -> None:
+    paid, free = guide.await_parcel_payment.start("a"), guide.await_parcel_payment.start("b")
+    bench.work()
+    bench.flows.emit("payment", "a", {"cents": 5})
+    free.approve("for free", by="ann")
+    assert [bench.finish(handle) for handle in (paid, free)] == ["paid", "for free"]
 
 
 @reads("fan-out")

@@ -34,6 +34,10 @@ class Running:
     type: str = "flows.step"
 
 
+def end_nothing(pid: int) -> None:
+    raise AssertionError(f"process {pid} is ended")
+
+
 @pytest.fixture
 def dead() -> int:
     """A process that has lived, and has died."""
@@ -68,7 +72,7 @@ def row(bench: Bench, claim: StepClaim) -> Any:
 
 def test_what_died_between_two_looks_is_released_when_celery_tells_of_it(bench: Bench, dead: int) -> None:
     claim = held(bench, dead)
-    leases = Leases(bench.runtime)
+    leases = Leases(bench.runtime, end_nothing)
     leases.keep()
     assert row(bench, claim).worker == claim.holder.worker  # begun and dead since the last look: not noticed
     leases.lost(Running(claim.holder.run_id, dead))
@@ -81,7 +85,7 @@ def test_what_died_between_two_looks_is_released_when_celery_tells_of_it(bench: 
 
 def test_what_celery_takes_for_lost_and_lives_is_kept(bench: Bench) -> None:
     claim = held(bench, os.getpid())
-    leases = Leases(bench.runtime)
+    leases = Leases(bench.runtime, end_nothing)
     leases.lost(Running(claim.holder.run_id, os.getpid()))
     leases.keep()
     assert row(bench, claim).worker == claim.holder.worker
@@ -91,7 +95,7 @@ def test_what_celery_takes_for_lost_and_lives_is_kept(bench: Bench) -> None:
 def test_a_stopping_workers_dead_have_not_crashed(bench: Bench, dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = held(bench, dead)
     monkeypatch.setattr(state, "active_requests", {Running(claim.holder.run_id, dead)})
-    leases = Leases(bench.runtime)
+    leases = Leases(bench.runtime, end_nothing)
     bench.runtime.stopping.set()
     leases.keep()
     assert row(bench, claim).worker == claim.holder.worker
@@ -108,7 +112,7 @@ def test_the_end_hands_back_what_no_look_has_seen_and_nothing_of_the_living(benc
     living = claim_token(worker_token(mine, "living"))
     bench.call_driver(claim.flow_id)
     assert bench.store.run(dispatch.claim_drive, claim.flow_id, living, 30.0)
-    Leases(bench.runtime).hand_back()
+    Leases(bench.runtime, end_nothing).hand_back()
     assert row(bench, claim).worker is None
     assert [row.worker for row in bench.rows(claim.flow_id) if row.run_id == drive.run_id] == [living]
     bench.recover()

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 from celery import Celery, Signature
 
-from celery_flows import FlowCancelled, Flows, FlowTimedOut, Retry, Run, StepFailed, WaitTimedOut
+from celery_flows import (
+    AsyncRun,
+    Event,
+    FlowCancelled,
+    Flows,
+    FlowTimedOut,
+    Limit,
+    Retry,
+    Run,
+    StepFailed,
+    WaitTimedOut,
+)
 from celery_flows.store import dispatch
+from celery_flows.tasks.interrupts import Interrupted
 from celery_flows.tasks.replay import run_id_of
 from tests.simulation.invariants import Observer
-from tests.simulation.world import Crash, SimulatedPublisher, SimulatedStopping, Violation, World, make_store
+from tests.simulation.world import (
+    Crash,
+    SimulatedInterrupts,
+    SimulatedPublisher,
+    SimulatedStopping,
+    Violation,
+    World,
+    make_store,
+)
 
 MAX_CRASHES = 4
 
@@ -27,6 +50,7 @@ app.conf.update(
 flows = Flows(app, store=store)
 flows.runtime.__dict__["publisher"] = SimulatedPublisher()
 flows.runtime.stopping = SimulatedStopping()  # type: ignore[assignment]
+flows.runtime.interrupts = SimulatedInterrupts()  # type: ignore[assignment]
 
 RETRY_SECONDS = 20
 
@@ -34,8 +58,12 @@ RETRY_SECONDS = 20
 def effect(flow_id: str, name: str, *, cleanup: bool = False, run_id: str | None = None) -> str:
     """A step's body: begins, may be interrupted, has its effect."""
     world = World.current
-    observer.begin_step(world.me(), flow_id, run_id or run_id_of(UUID(flow_id), name, 1), cleanup=cleanup)
-    world.stop_here(f"in {name}")
+    actor = world.me()
+    observer.begin_step(actor, flow_id, run_id or run_id_of(UUID(flow_id), name, 1), cleanup=cleanup)
+    for _ in range(world.stops_in_a_body):
+        world.stop_here(f"in {name}")
+        if actor is not None and actor.in_body is not None and actor.interrupted:
+            raise Interrupted
     world.effects.append((flow_id, name))
     return name
 
@@ -214,7 +242,7 @@ def flaky(flow_id: str) -> str:
     """Fails until it has had its effect before."""
     world = World.current
     began = (flow_id, "flaky") in world.effects
-    if began and world.clock < world.not_before[flow_id]:
+    if began and world.clock < world.not_before[run_id_of(UUID(flow_id), "flaky", 1)]:
         raise Violation("(7) an inline attempt begins before its pause has passed")
     effect(flow_id, "flaky")
     if not began:
@@ -257,7 +285,7 @@ def window_fails(run: Run) -> str:
 def race(run: Run) -> int:
     """The first success goes on, and another join follows while losers run."""
     first = run.first(members(run, 3, fails=0))
-    return int(first) + len(run.gather([member.s(str(run.flow_id), number) for number in (8, 9)]))
+    return int(first.value) + len(run.gather([member.s(str(run.flow_id), number) for number in (8, 9)]))
 
 
 @flows.flow("deadline", timeout=timedelta(seconds=60))
@@ -279,6 +307,16 @@ def saga(run: Run) -> None:
     run.gather(members(run, 3, fails=1))
 
 
+@flows.flow("broken")
+def broken(run: Run) -> str:
+    """A member fails, until somebody goes back."""
+    is_mended = run._replay.driver.flow.forked_from is not None
+    run.step(one, str(run.flow_id))
+    run.update(told=True)
+    run.gather(members(run, 3, fails=None if is_mended else 1))
+    return run.step(two, str(run.flow_id))
+
+
 @flows.flow("sleep")
 def sleep(run: Run) -> str:
     run.step(one, str(run.flow_id))
@@ -294,6 +332,15 @@ def event(run: Run) -> str:
     return str(payload)
 
 
+@flows.flow("choice")
+def choice(run: Run) -> str:
+    """Waits for one of two events; what came for the other is given back."""
+    run.step(one, str(run.flow_id))
+    _, payload = run.first([Event("topic", "key"), Event("topic", "other")])
+    run.step(two, str(run.flow_id))
+    return str(payload)
+
+
 @flows.flow("event-timeout")
 def event_timeout(run: Run) -> str:
     try:
@@ -302,3 +349,148 @@ def event_timeout(run: Run) -> str:
         payload = "timed out"
     run.step(two, str(run.flow_id))
     return str(payload)
+
+
+# ---- async functions ------------------------------------------------------------------------------------------------
+
+
+async def beside(flow_id: str, number: int, fails: bool = False) -> int:
+    """Runs beside its siblings, which go on wherever it awaits."""
+    world = World.current
+    observer.begin_step(world.me(), flow_id, run_id_of(UUID(flow_id), "beside", number + 1))
+    actor = world.me()
+    assert actor is not None
+    actor.running_beside += 1
+    try:
+        for _ in range(world.rng.randrange(4)):
+            world.stop_here(f"in beside-{number}")
+            await asyncio.sleep(0)
+    finally:
+        actor.running_beside -= 1
+    if fails:
+        raise RuntimeError(f"member {number} fails")
+    world.effects.append((flow_id, f"beside-{number}"))
+    return number
+
+
+async def deaf(flow_id: str) -> str:
+    """Does not heed that it is cancelled."""
+    world = World.current
+    observer.begin_step(world.me(), flow_id, run_id_of(UUID(flow_id), "deaf", 1))
+    for _ in range(3):
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+    return "deaf"
+
+
+async def flaky_beside(flow_id: str, number: int) -> str:
+    """Fails the first time."""
+    world = World.current
+    run_id, name = run_id_of(UUID(flow_id), "flaky_beside", number + 1), f"flaky-{number}"
+    observer.begin_step(world.me(), flow_id, run_id)
+    if run_id in world.not_before and world.clock < world.not_before[run_id]:
+        raise Violation("(7) an attempt beside others begins before its pause has passed")
+    await asyncio.sleep(0)
+    world.stop_here(f"in {name}")
+    world.effects.append((flow_id, name))
+    if world.effects.count((flow_id, name)) == 1:
+        raise RuntimeError("not yet")
+    return name
+
+
+async def undo_beside(flow_id: str) -> str:
+    """Cleans up: nothing of the flow runs beside it."""
+    world = World.current
+    if (actor := world.me()) is not None and actor.running_beside:
+        raise Violation(f"(12) {actor.name} cleans up beside a running member")
+    return effect(flow_id, "undo", cleanup=True, run_id=run_id_of(UUID(flow_id), "undo_beside", 1))
+
+
+def all_beside(run: AsyncRun | Run, count: int, fails: int | None = None) -> list[Any]:
+    return [partial(beside, str(run.flow_id), number, number == fails) for number in range(count)]
+
+
+def flaky_ones(flow_id: str) -> list[Any]:
+    return [partial(flaky_beside, flow_id, number) for number in range(2)]
+
+
+@flows.flow("async")
+async def side_by_side(run: AsyncRun) -> int:
+    """Steps of each kind, one after the other and side by side, and a wait."""
+    flow_id = str(run.flow_id)
+    await run.step(one, flow_id)
+    count = len(await run.gather(all_beside(run, 4), limit=3))
+    await run.sleep(timedelta(seconds=40))
+    return count + len(await run.gather([member.s(flow_id, 7), partial(deaf, flow_id)]))
+
+
+@flows.flow("async-fails")
+async def side_by_side_fails(run: AsyncRun) -> str:
+    """A member fails, the flow catches that, and cleans up beside nothing."""
+    try:
+        await run.gather(all_beside(run, 4, fails=2))
+    except StepFailed:
+        await run.step(undo_beside, str(run.flow_id))
+        return await run.step(two, str(run.flow_id))
+    return "no member failed"
+
+
+@flows.flow("async-retry")
+async def side_by_side_retried(run: AsyncRun) -> int:
+    """Some of its members are tried again after a pause, which may free the worker when the others have ended; a cancel
+    may come meanwhile."""
+    flow_id = str(run.flow_id)
+    retry = Retry(3, initial=timedelta(seconds=RETRY_SECONDS), factor=1, jitter=False)
+    try:
+        return len(await run.options(retry=retry).gather([*flaky_ones(flow_id), *all_beside(run, 2)], limit=2))
+    except FlowCancelled:
+        await run.step(undo_beside, flow_id)
+        raise
+
+
+@flows.flow("plain-beside")
+def beside_in_a_plain_flow(run: Run) -> int:
+    return len(run.gather(all_beside(run, 3))) + len(run.step(deaf, str(run.flow_id)))
+
+
+@flows.flow("limited", limit=Limit(2))
+def limited(run: Run) -> str:
+    """Works here, has a member, sleeps, and works again."""
+    run.step(one, str(run.flow_id))
+    run.step(member, str(run.flow_id), 1)
+    run.sleep(timedelta(seconds=20))
+    return run.step(two, str(run.flow_id))
+
+
+@flows.flow("limited-tree", limit=Limit(1))
+def limited_tree(run: Run, depth: int) -> int:
+    """Runs flows of its own limit as steps, beside a member, and takes a member's place of its own after that."""
+    run.step(one, str(run.flow_id))
+    if not depth:
+        return 1
+    leaves = run.gather([member.s(str(run.flow_id), 1), limited_tree.s(depth - 1), limited_tree.s(depth - 1)])
+    return int(sum(leaves)) + int(run.step(member, str(run.flow_id), 0))
+
+
+@flows.flow("limited-starts", limit=Limit(2, every=timedelta(seconds=45), at_once=1))
+def limited_starts(run: Run) -> str:
+    run.step(one, str(run.flow_id))
+    run.sleep(timedelta(seconds=5))
+    return run.step(two, str(run.flow_id))
+
+
+@flows.flow("limited-deadline", limit=Limit(1), timeout=timedelta(seconds=60))
+def limited_deadline(run: Run) -> str:
+    """May be past its deadline while it queues."""
+    try:
+        run.step(one, str(run.flow_id))
+        run.step(member, str(run.flow_id), 1)
+        return run.step(two, str(run.flow_id))
+    except FlowTimedOut:
+        run.step(undo, str(run.flow_id))
+        raise
+
+
+observer.bounds = {
+    definition.name: definition.limit.bounds for definition in flows.runtime.registry if definition.limit is not None
+}

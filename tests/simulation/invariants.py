@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import datetime, timedelta
 from typing import Any
 
 from celery_flows.store.changes import ORDER
+from celery_flows.store.limits import RATE_POLL_SECONDS, Bounds
+from celery_flows.store.models import Flow
 from celery_flows.store.operations import Mode
 from celery_flows.store.script import Call
 from tests.simulation.history import Histories
@@ -15,11 +18,11 @@ from tests.simulation.world import Actor, SimulatedStore, Violation, World, as_t
 OF_A_HOLDER = ("park", "hand_back", "end_lease", "retry_step", "renew_own", "complete_step")
 BY_TOKEN = ("release", "renew", "hand_back_all")
 TAKES_OVER = ("sweep_due", "claim_drive", "claim_step")
-NO_MEMBERS = ("sleep", "wait_for topic", "flaky")  # steps that may be open and have no row of their own
+NO_MEMBERS = ("sleep", "wait_for topic", "flaky", "flaky_beside")  # steps that may be open and have no row of their own
 
 DISPATCH = (
     "run_id, flow_id, kind, task, worker, fence, wakes, due_at, publish_count, crash_count, open_members, join_group, "
-    "join_good, join_bad"
+    "join_good, join_bad, limit_key, has_slot, queued_at"
 )
 NAMES = DISPATCH.split(", ")
 
@@ -37,6 +40,7 @@ class Observer:
 
     def __init__(self, store: SimulatedStore) -> None:
         self._connection: Any = store.engine.raw_connection().driver_connection
+        self.bounds: dict[str, Bounds] = {}  # of limited definitions, by name
         self.reset()
 
     def reset(self) -> None:
@@ -76,6 +80,7 @@ class Observer:
         self._check_count(now)
         self._check_rest(now)
         self._check_inbox(now)
+        self._check_limits(now)
 
     # (7) no claim before its time
     def _check_claim(self, actor: Actor, name: str, step: Call, before: Rows, now: Rows, answer: Any) -> None:
@@ -91,7 +96,13 @@ class Observer:
         published = row["worker"] is None and row["publish_count"] > 0
         if not due and not published and row["worker"] != worker:  # its own: it asks again after a lost reply
             raise Violation(f"(7) {actor.name} claimed {short(run_id)} before its time: {row}")
+        if row["limit_key"] is not None and not row["has_slot"] and not self._is_to_end(answer.flow):
+            raise Violation(f"(13) {actor.name} claimed {short(run_id)} without a slot: {row}")
         actor.claims[run_id] = answer.holder.fence
+
+    def _is_to_end(self, flow: Flow) -> bool:
+        late = flow.deadline_at is not None and flow.deadline_at <= World.current.clock
+        return flow.cancel_requested or late
 
     # (6) nothing is written by a holder who is not the row's
     def _check_holder(self, actor: Actor, name: str, step: Call, before: Rows, now: Rows) -> None:
@@ -162,7 +173,7 @@ class Observer:
                 )
             if change.kind == "step_retrying":
                 told = change.step.error["retry_at"]
-                world.not_before[str(change.flow_id)] = datetime.fromisoformat(told)
+                world.not_before[change.step.run_id] = datetime.fromisoformat(told)
         elif name == "retry_step" and answer:
             holder, _, _, delay, _ = step.args
             world.not_before[holder.run_id] = world.clock + timedelta(seconds=delay)
@@ -195,6 +206,8 @@ class Observer:
     def _check_rest(self, now: Rows) -> None:
         for row in now.values():
             at_rest = row["worker"] is None and row["due_at"] is None and row["publish_count"] == 0
+            if row["queued_at"] is not None:
+                continue
             if row["kind"] != "drive" or not at_rest or self._waits(row["flow_id"]):
                 continue
             members = sum(is_member(other) and other["flow_id"] == row["flow_id"] for other in now.values())
@@ -237,6 +250,31 @@ class Observer:
             rests = row is not None and row["worker"] is None and row["due_at"] is None
             if key in pending and rests:
                 raise Violation(f"(10) flow {short(flow_id)} rests, its event lies there, and nobody will look")
+
+    # (13) never more slots than the limit says, nor more starts. (14) while somebody queues, somebody will look
+    def _check_limits(self, now: Rows) -> None:
+        known = {row[0]: row[1:] for row in self.rows("SELECT key, definition, due_at, recent_starts FROM flow_limits")}
+        held = Counter(row["limit_key"] for row in now.values() if row["has_slot"])
+        for key, count in held.items():
+            bounds = self.bounds[json.loads(key)[0]]
+            if bounds.at_once is not None and count > bounds.at_once:
+                raise Violation(f"(13) {count} flows have a slot of {key}")
+        for definition, _, starts in known.values():
+            bounds = self.bounds[definition]
+            times = json.loads(starts)
+            pairs = zip(times, times[bounds.starts or 0 :], strict=False)
+            if bounds.starts is not None and any(last - first < bounds.window_seconds for first, last in pairs):
+                raise Violation(f"(13) more than {bounds.starts} of {definition} began within its window: {times}")
+        for row in now.values():
+            if row["queued_at"] is None or self._is_paused(row["flow_id"]):
+                continue
+            soon = as_text(World.current.clock + timedelta(seconds=RATE_POLL_SECONDS))
+            looks = [row["due_at"], known.get(row["limit_key"], (None, None))[1]]
+            if not any(look is not None and look <= soon for look in looks):
+                raise Violation(f"(14) somebody queues, and nobody will look: {row}")
+
+    def _is_paused(self, flow_id: str) -> bool:
+        return bool(self.rows("SELECT 1 FROM flows WHERE id = ? AND paused_at IS NOT NULL", flow_id))
 
     # (8), (12): asked by the steps' bodies
     def begin_step(self, actor: Actor | None, flow_id: str, run_id: str, *, cleanup: bool = False) -> None:

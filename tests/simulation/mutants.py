@@ -17,16 +17,20 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from celery_flows.store import dispatch, inbox, sqlite
+from celery_flows.store import dispatch, inbox, limits, sqlite
 from celery_flows.store import operations as op
+from celery_flows.store.limits import Bounds
 from celery_flows.tasks import drive as drive_module
 from celery_flows.tasks import driver as driver_module
 from celery_flows.tasks import emit as emit_module
 from celery_flows.tasks import gather as gather_module
 from celery_flows.tasks import maintenance
+from celery_flows.tasks import side_by_side as side_by_side_module
 from celery_flows.tasks import steps as steps_module
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.gather import Gather
+from celery_flows.tasks.replay import Replay
+from celery_flows.tasks.side_by_side import SideBySide
 from tests.simulation import plants as p
 from tests.simulation.invariants import Observer
 from tests.simulation.plants import Plant, nothing, then, with_arguments
@@ -89,6 +93,7 @@ MUTANTS = [
     Mutant("a new row is not due by itself", sqlite, "change", then(p.rest_members), GATHERS),
     Mutant("a take-over is not counted as a crash", sqlite, "_take", then(p.keep_crashes), ("inline",)),
     Mutant("a claim leaves the revision alone", sqlite, "claim_drive", then(p.keep_revision), ("inline",)),
+    Mutant("what was taken over is not read", dispatch, "claim_drive", p.began_anew, ("goes back",)),
     # 3: the sweep
     Mutant("a sweep does not free expired rows", sqlite, "_swept", then(p.keep_expired_worker), GATHERS),
     Mutant("a sweep does not count lost leases", sqlite, "_swept", then(p.keep_crashes), ("inline", *GATHERS)),
@@ -162,10 +167,24 @@ MUTANTS = [
            first_seed=800),
     Mutant("an observation closes a step that a worker runs", op, "observe_step", p.observe_anything,
            ("observed by hand",)),
+    # Async functions side by side
+    Mutant("a member begins although the worker is to stop", Replay, "may_begin", p.always, ("async", "async fails")),
+    Mutant("a failure is raised beside running members", SideBySide, "_settle", p.raise_at_once, ("async fails",),
+           also=((side_by_side_module, "end", p.end_nothing),)),
+    Mutant("a member's attempt begins before its pause has passed", side_by_side_module, "retry_at", nothing,
+           ("pause async retry",)),
     # Workers that stop
     Mutant("a worker that is to stop goes on", Driver, "_hand_over_to_another_worker", nothing, ("inline",)),
     Mutant("a hand-back counts as a crash", dispatch, "hand_back_all", p.count_as_crash, ("inline", *GATHERS)),
+    # Interrupts
+    Mutant("an interrupted step takes the interrupt's word", dispatch, "list_to_stop", p.stop_everything,
+           ("interrupt gather by mistake",)),
     Mutant("a hand-back leaves the row at rest", dispatch, "hand_back", then(p.rest_handed_back), ("inline",)),
+    # Limits
+    Mutant("slots are not counted", limits, "_count", p.zero, ("limited", "limited starts")),
+    Mutant("starts are not counted", Bounds, "recent", p.no_starts, ("limited starts",)),
+    Mutant("a parent keeps its slot while its children wait for one", Driver, "keeps_slot", p.yes, ("limited tree",)),
+    Mutant("no sweep looks at limits", maintenance, "give_due", p.zero, ("end the holder by hand",)),
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -13,9 +14,11 @@ from sqlalchemy import Connection
 from celery_flows.store import LeaseLost, dispatch, sqlite
 from celery_flows.store import operations as op
 from celery_flows.store.changes import Change, Completion, Park, Wake
+from celery_flows.store.dispatch import Held
 from celery_flows.store.models import FlowStep, new_id
 from celery_flows.store.tables import flow_dispatch, flow_inbox, flow_steps, flows
 from celery_flows.tasks.driver import Driver
+from celery_flows.tasks.errors import StepFailed
 
 _d, _s, _i = flow_dispatch.c, flow_steps.c, flow_inbox.c
 Plant = Callable[[Any], Any]
@@ -24,6 +27,16 @@ Plant = Callable[[Any], Any]
 def nothing(original: Any) -> Any:
     """Does not do it."""
     return lambda *args, **kwargs: None
+
+
+def yes(original: Any) -> Any:
+    """Says so, whatever it is."""
+    return lambda *args, **kwargs: True
+
+
+def no_starts(original: Any) -> Any:
+    """Forgets when flows began."""
+    return lambda *args: []
 
 
 def none_found(original: Any) -> Any:
@@ -37,6 +50,16 @@ def like(original: Any, mutated: Any) -> Any:
         mutated.mode = original.mode
     mutated.__name__ = original.__name__
     return mutated
+
+
+def began_anew(original: Any) -> Any:
+    """Claims a flow that nobody claimed before as if it had no history."""
+
+    def mutated(conn: Connection, *args: Any, **kwargs: Any) -> Any:
+        claim = original(conn, *args, **kwargs)
+        return claim and replace(claim, began=claim.began or claim.holder.fence == 1)
+
+    return like(original, mutated)
 
 
 def then(*statements: Callable[..., Any]) -> Plant:
@@ -163,6 +186,11 @@ def of_everybody(original: Any) -> Any:
         return conn.execute(sa.update(flow_dispatch).where(_d.worker.isnot(None)).values(values)).rowcount
 
     return mutated
+
+
+def stop_everything(original: Any) -> Any:
+    """Every row is to be stopped, whether or not its flow is to end."""
+    return like(original, lambda conn, workers: [Held("", UUID(int=0), "step", worker) for worker in workers])
 
 
 def as_the_row_says(conn: Connection, what: Completion) -> Completion:
@@ -517,3 +545,26 @@ def observe_anything(original: Any) -> Any:
         return known if row is None else FlowStep.of_row(row)
 
     return like(original, mutated)
+
+
+# ---- async functions side by side -----------------------------------------------------------------------------------
+
+
+def always(original: Any) -> Any:
+    """Says yes."""
+    return lambda *args: True
+
+
+def raise_at_once(original: Any) -> Any:
+    def mutated(self: Any, member: Any, outcome: Any) -> None:
+        if isinstance(outcome, StepFailed):
+            raise outcome
+        original(self, member, outcome)
+
+    return mutated
+
+
+def end_nothing(original: Any) -> Any:
+    async def mutated(tasks: Any) -> None: ...
+
+    return mutated

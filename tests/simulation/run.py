@@ -15,7 +15,7 @@ import uuid_utils.compat
 from celery_flows import FlowHandle
 from celery_flows.store import audit, dispatch
 from celery_flows.store.dispatch import Hint
-from celery_flows.store.tables import flow_dispatch
+from celery_flows.store.tables import flow_dispatch, flow_limits
 from celery_flows.tasks import claimed, lease, maintenance
 from celery_flows.tasks import drive as drive_module
 from celery_flows.tasks import runtime as runtime_module
@@ -96,7 +96,7 @@ class Run:
         elif dice < 0.94:
             self._spawn_sweep(live)
         elif dice < 0.97:
-            self._pass(self.rng.choice((0.5, 2, 6)))
+            pass_time(self.rng.choice((0.5, 2, 6)))
         else:
             self._thaw()
 
@@ -127,12 +127,6 @@ class Run:
     def _spawn_sweep(self, live: list[Actor]) -> None:
         if sum(actor.name == "sweep" for actor in live) < 2:
             self.world.spawn("sweep", lambda: maintenance.sweep(flows.runtime))
-
-    def _pass(self, seconds: float) -> None:
-        self.world.clock += later(seconds)
-        ended = "SELECT run_id, fence FROM flow_dispatch WHERE worker IS NOT NULL AND due_at <= ?"
-        self.world.lose([(run_id, fence) for run_id, fence in observer.rows(ended, as_text(self.world.clock))])
-        self.world.say(f"{seconds} s pass")
 
     def _crash(self, live: list[Actor]) -> None:
         victims = [actor for actor in live if actor.killable]
@@ -181,7 +175,7 @@ class Run:
         victim = self.rng.choice(workers)
         victim.frozen = True
         self.world.say(f"{victim.name} freezes {victim.at}")
-        self._pass(31)
+        pass_time(31)
 
     def _hold_up(self, live: list[Actor]) -> None:
         """Somebody is slow, but lives within his lease; the others go on."""
@@ -232,8 +226,10 @@ class Run:
     def _pass_to_next(self) -> None:
         with store.engine.connect() as connection:
             due = connection.scalar(sa.select(sa.func.min(flow_dispatch.c.due_at)))
+            if due is None:  # or each round would be one of a limit's polls
+                due = connection.scalar(sa.select(sa.func.min(flow_limits.c.due_at)))
         seconds = 1.0 if due is None else max(1.0, (due - self.world.clock).total_seconds())
-        self._pass(seconds)
+        pass_time(seconds)
 
     # ---- the end ----
 
@@ -256,6 +252,15 @@ class Run:
             raise Violation(f"flow ended as {flow.status} ({reason}: {flow.error_json})")
 
 
+def pass_time(seconds: float) -> None:
+    """Time passes for everybody, and with it leases end."""
+    world = World.current
+    world.clock += later(seconds)
+    ended = "SELECT run_id, fence FROM flow_dispatch WHERE worker IS NOT NULL AND due_at <= ?"
+    world.lose([(run_id, fence) for run_id, fence in observer.rows(ended, as_text(world.clock))])
+    world.say(f"{seconds} s pass")
+
+
 @contextmanager
 def own_machine() -> Iterator[None]:
     """Workers' own clocks are the world's, and what they draw at random is drawn from the seed."""
@@ -269,5 +274,6 @@ def own_machine() -> Iterator[None]:
         tokens = SimpleNamespace(token_hex=lambda count: World.current.token_hex(count))
         patches.enter_context(patch.object(runtime_module, "secrets", tokens))
         patches.enter_context(patch.object(flows.runtime, "ahead", Ahead()))
+        patches.enter_context(patch.object(flows.runtime, "pause", pass_time))
         patches.enter_context(patch.object(uuid_utils.compat, "uuid7", lambda: World.current.new_id()))
         yield

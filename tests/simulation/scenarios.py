@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from uuid import UUID
 
 from celery_flows import FlowError, FlowHandle, FlowStepStatus
+from celery_flows.store import dispatch
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.replay import run_id_of
 from celery_flows.tasks.steps import Delivery, run_step
+from celery_flows.worker.stops import settle_ended
 from tests.simulation import flows as defined
-from tests.simulation.flows import flows
-from tests.simulation.world import World
+from tests.simulation.flows import flows, member
+from tests.simulation.world import Actor, World
 
 
 @dataclass
@@ -103,6 +107,78 @@ def _cancels_beside_a_member(definition: Any) -> Callable[[World], list[FlowHand
     return begin
 
 
+def _interrupts(definition: Any) -> Callable[[World], list[FlowHandle[Any]]]:
+    """Somebody cancels while a step runs, and a worker's parent looks again and again for what runs of flows that are
+    to end: it interrupts that, or ends its process."""
+
+    def begin(world: World) -> list[FlowHandle[Any]]:
+        world.stops_in_a_body = 6
+        handle = definition.start()
+
+        def cancel() -> None:
+            for _ in range(world.rng.choice((1, 1, 5, 10))):
+                _until_in_a_body(world)
+            handle.cancel()
+
+        def keep() -> None:
+            for _ in range(60):
+                if not _until_in_a_body(world):
+                    return
+                bodies = _in_a_body(world)
+                for held in flows.runtime.store.run(dispatch.list_to_stop, list(bodies)):
+                    if bodies[held.worker].in_body == held.worker:
+                        _stop(world, bodies[held.worker], held)
+
+        world.spawn("cancel", _quietly(cancel, patience=(0,)), killable=False)
+        world.spawn("keeper", keep)
+        return [handle]
+
+    return begin
+
+
+def _interrupts_by_mistake(definition: Any) -> Callable[[World], list[FlowHandle[Any]]]:
+    """What was meant for the body before strikes another, whose flow is not to end."""
+
+    def begin(world: World) -> list[FlowHandle[Any]]:
+        world.stops_in_a_body = 3
+
+        def strike() -> None:
+            for _ in range(3):
+                if _until_in_a_body(world):
+                    actor = world.rng.choice(list(_in_a_body(world).values()))
+                    world.say(f"{actor.name} is interrupted by mistake")
+                    actor.interrupted = True
+
+        world.spawn("struck", strike)
+        return [definition.start()]
+
+    return begin
+
+
+def _in_a_body(world: World) -> dict[str, Actor]:
+    return {actor.in_body: actor for actor in world.actors if actor.in_body is not None and not actor.done}
+
+
+def _until_in_a_body(world: World) -> bool:
+    """Waits until somebody is in the midst of a step; not for ever."""
+    for _ in range(100):
+        world.stop_here("watching the steps")
+        if _in_a_body(world):
+            return True
+    return False
+
+
+def _stop(world: World, actor: Actor, held: dispatch.Held) -> None:
+    if world.rng.random() < 0.6:
+        world.say(f"{actor.name} is interrupted {actor.at}")
+        actor.interrupted = True
+    else:
+        world.lose(defined.leases_of(actor.token))
+        world.say(f"{actor.name} is ended {actor.at}")
+        actor.crash()
+        settle_ended(flows.runtime, held)
+
+
 def _with_a_late_message(definition: Any) -> Callable[[World], list[FlowHandle[Any]]]:
     """A message that was long about comes when a sweep is just giving its work up."""
 
@@ -143,6 +219,23 @@ def _emits_at_the_last_moment(world: World) -> list[FlowHandle[Any]]:
     return [defined.event.start()]
 
 
+def _ends_the_holder(world: World) -> list[FlowHandle[Any]]:
+    """Somebody ends the flow that has the only slot while another queues for it."""
+    handles = [defined.limited_tree.start(0) for _ in range(2)]
+
+    def end() -> None:
+        for _ in range(200):
+            rows = defined.observer.dispatch().values()
+            holder = next((row for row in rows if row["has_slot"]), None)
+            if holder is not None and any(row["queued_at"] for row in rows):
+                flows.manager.cancel(UUID(holder["flow_id"]))
+                return
+            World.current.stop_here("watching the queue")
+
+    world.spawn("hard cancel", _quietly(end, patience=(0,)), killable=False)
+    return handles
+
+
 def _starts_twice(world: World) -> list[FlowHandle[Any]]:
     """Two callers start the same piece of work."""
     handles: list[FlowHandle[Any]] = []
@@ -157,6 +250,37 @@ def _starts_twice(world: World) -> list[FlowHandle[Any]]:
 
 def _started_once(world: World, handles: list[FlowHandle[Any]]) -> None:
     assert len({handle.id for handle in handles}) == 1, f"one key, two flows: {handles}"
+
+
+def _goes_back(world: World) -> list[FlowHandle[Any]]:
+    """Somebody retries a flow as soon as it has failed, perhaps twice, and perhaps dies over it."""
+    handle = defined.broken.start()
+
+    def go_back() -> None:
+        for _ in range(200):
+            if handle.status().is_terminal:
+                break
+            World.current.stop_here("watching the flow")
+        handle.retry()
+
+    for number in range(2):
+        world.spawn(f"mender-{number}", _quietly(go_back))
+    return [handle]
+
+
+def _nothing_twice(world: World, handles: list[FlowHandle[Any]]) -> None:
+    """What went back has ended, and has done nothing that it took over."""
+    (first,) = handles
+    done = {step.run_id for step in flows.store.list_steps(first.id) if step.status is FlowStepStatus.SUCCEEDED}
+    again = {"two"} | {f"member-{n - 1}" for n in (1, 2, 3) if run_id_of(first.id, member.name, n) not in done}
+    if run_id_of(first.id, "one", 1) not in done:
+        again.add("one")
+    for (fork_id,) in defined.observer.rows("SELECT id FROM flows WHERE forked_from IS NOT NULL"):
+        fork = flows.handle(UUID(fork_id))
+        effects = {name for flow_id, name in world.effects if flow_id == str(fork.id)}
+        assert effects <= again, f"done again: {effects - again}"
+        lost = any(len(fences) >= defined.MAX_CRASHES for fences in world.lost.values())
+        assert lost or (fork.status(), fork.state()) == ("finished", {"told": True}), f"it is {fork.status()}"
 
 
 def _two_waiters_and_a_cancel(world: World) -> list[FlowHandle[Any]]:
@@ -209,6 +333,28 @@ def _undone(world: World, handles: list[FlowHandle[Any]]) -> None:
         assert often or not began or {"undo", "member-9"} <= effects, f"ended and not undone: {effects}"
 
 
+def _emits_both(world: World) -> list[FlowHandle[Any]]:
+    handles = [defined.choice.start()]
+    for correlation_id in ("key", "other"):
+        emit = partial(flows.emit, "topic", correlation_id, correlation_id)
+        world.spawn(f"emitter-{correlation_id}", _quietly(emit))
+    return handles
+
+
+def _emit_one(world: World, handles: list[FlowHandle[Any]]) -> None:
+    if not all(handle.status().is_terminal for handle in handles):
+        flows.emit("topic", "key", "late")
+
+
+def _given_back(world: World, handles: list[FlowHandle[Any]]) -> None:
+    """The event that was not taken is there for somebody else, once."""
+    kept = [json.loads(text) for (text,) in defined.observer.rows(
+        "SELECT payload_json FROM flow_inbox WHERE consumed_by IS NULL"
+    )]  # fmt: skip
+    taken = [handle.result(0) for handle in handles if handle.status() == "finished"]
+    assert len({*taken, *kept}) == len([*taken, *kept]), f"an event is given back and taken: {taken}, {kept}"
+
+
 def _each_event_once(world: World, handles: list[FlowHandle[Any]]) -> None:
     taken = [handle.result(0) for handle in handles if handle.status() == "finished"]
     payloads = [payload for payload in taken if payload not in ("timed out", "late")]
@@ -216,6 +362,7 @@ def _each_event_once(world: World, handles: list[FlowHandle[Any]]) -> None:
 
 
 ANY_END = ("finished", "failed", "cancelled")
+LIMITED = (defined.limited,) * 4
 
 SCENARIOS = [
     Scenario("inline", _starts(defined.inline, defined.inline), may_lose=True),
@@ -227,6 +374,14 @@ SCENARIOS = [
     Scenario("inline retry", _starts(defined.inline_retry), may_lose=True),
     Scenario("cancel inline retry", _with("cancel", defined.inline_retry), ends=ANY_END),
     Scenario("pause inline retry", _with("pause", defined.inline_retry), may_lose=True),
+    Scenario("async", _starts(defined.side_by_side), may_lose=True),
+    Scenario("async fails", _starts(defined.side_by_side_fails), may_lose=True),
+    Scenario("async retry", _starts(defined.side_by_side_retried), may_lose=True),
+    Scenario("async in a plain flow", _starts(defined.beside_in_a_plain_flow), may_lose=True),
+    Scenario("cancel async", _with("cancel", defined.side_by_side), ends=ANY_END),
+    Scenario("cancel async retry", _with("cancel", defined.side_by_side_retried), ends=ANY_END),
+    Scenario("pause async retry", _with("pause", defined.side_by_side_retried), may_lose=True),
+    Scenario("update async", _with("update", defined.side_by_side_fails), may_lose=True),
     Scenario("window", _starts(defined.window), may_lose=True),
     Scenario("window fails", _starts(defined.window_fails), may_lose=True),
     Scenario("cancel window", _with("cancel", defined.window), ends=ANY_END),
@@ -241,6 +396,7 @@ SCENARIOS = [
     Scenario("poisoned driver", _with_a_late_message(defined.poisoned_driver), ends=("failed",), check=_deaths_are_few),
     Scenario("two starts", _starts_twice, may_lose=True, check=_started_once),
     Scenario("observed by hand", _observed, may_lose=True),
+    Scenario("goes back", _goes_back, ends=("failed",), check=_nothing_twice),
     Scenario("sleep", _starts(defined.sleep), may_lose=True),
     Scenario("cancel inline", _with("cancel", defined.inline), ends=ANY_END),
     Scenario("cancel gather", _with("cancel", defined.gather), ends=ANY_END),
@@ -260,6 +416,7 @@ SCENARIOS = [
     Scenario("update by hand", _with("update", defined.gather), may_lose=True),
     Scenario("resume by hand", _with("resume", defined.sleep), may_lose=True),
     Scenario("pause", _with("pause", defined.gather), may_lose=True),
+    Scenario("one of two events", _emits_both, _emit_one, may_lose=True, check=_given_back),
     Scenario("one event", _emits(1, defined.event), _emit_missing, may_lose=True, check=_each_event_once),
     Scenario("event before the park", _emits_at_the_last_moment, _emit_missing, may_lose=True, check=_each_event_once),
     Scenario("two events", _emits(2, defined.event), _emit_missing, may_lose=True, check=_each_event_once),
@@ -270,8 +427,26 @@ SCENARIOS = [
     Scenario("two waiters, one cancelled", _two_waiters_and_a_cancel, _emit_missing, ends=ANY_END,
              check=_each_event_once),
     Scenario("event or timeout", _emits(1, defined.event_timeout), may_lose=True, check=_each_event_once),
+    Scenario("interrupt inline", _interrupts(defined.inline), ends=ANY_END),
+    Scenario("interrupt cleanup", _interrupts(defined.cleanup), ends=ANY_END, check=_cleaned_up),
+    Scenario("interrupt two joins", _interrupts(defined.two_joins), ends=ANY_END),
+    Scenario("interrupt race", _interrupts(defined.race), ends=ANY_END),
+    Scenario("interrupt saga", _interrupts(defined.saga), ends=ANY_END, check=_undone),
+    Scenario("interrupt inline retry", _interrupts(defined.inline_retry), ends=ANY_END),
+    Scenario("interrupt retry", _interrupts(defined.retry), ends=ANY_END),
+    Scenario("interrupt inline by mistake", _interrupts_by_mistake(defined.inline), may_lose=True),
+    Scenario("interrupt gather by mistake", _interrupts_by_mistake(defined.gather), may_lose=True),
     Scenario(
         "two waiters, one may time out",
         _emits(2, defined.event, defined.event_timeout), _emit_missing, may_lose=True, check=_each_event_once,
     ),
+    Scenario("limited", _starts(*LIMITED), may_lose=True),
+    Scenario("limited tree", lambda world: [defined.limited_tree.start(1) for _ in range(2)], may_lose=True),
+    Scenario("limited starts", _starts(*(defined.limited_starts,) * 4), may_lose=True),
+    Scenario("cancel limited", _with("cancel", *LIMITED), ends=ANY_END),
+    Scenario("cancel limited by hand", _with("hard cancel", *LIMITED), ends=ANY_END),
+    Scenario("end the holder by hand", _ends_the_holder, ends=ANY_END),
+    Scenario("pause limited", _with("pause", *LIMITED), may_lose=True),
+    Scenario("update limited", _with("update", *LIMITED), may_lose=True),
+    Scenario("deadline of limited", _starts(*(defined.limited_deadline,) * 4), ends=("finished", "failed")),
 ]  # fmt: skip

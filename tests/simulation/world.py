@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -21,6 +22,9 @@ from celery_flows.store.script import Call, Pause
 from celery_flows.store.tables import metadata
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+T = TypeVar("T")
 
 
 class Violation(BaseException):
@@ -43,7 +47,10 @@ class Actor:
     frozen: bool = False  # stopped, as by SIGSTOP: time passes, it does not notice
     stopping: bool = False  # told to stop, as by SIGTERM
     begun_stopping: int = 0  # steps it has begun since
+    running_beside: int = 0  # members of a gather whose bodies are running in this actor's loop
     token: str = ""
+    in_body: str | None = None  # the claim whose step's body it runs, if that can be interrupted
+    interrupted: bool = False  # that body is to be left
     claims: dict[str, int] = field(default_factory=dict)  # run id → fence, as this actor claimed it
     looked: dict[str, int] = field(default_factory=dict)  # event key → the inbox's last position at its last look
     at: str = "begin"
@@ -53,6 +60,7 @@ class Actor:
         while scheduler.parent is not None:  # an actor may bring up another
             scheduler = scheduler.parent
         self._greenlet = greenlet(self._run, scheduler)
+        self._stopped = self._greenlet  # where it goes on: itself, or a greenlet of a loop that it runs
 
     def _run(self) -> None:
         try:
@@ -66,7 +74,18 @@ class Actor:
 
     def go_on(self) -> None:
         """Runs the actor up to its next stop."""
-        self._greenlet.switch()
+        self._stopped.switch()
+
+    def stop(self) -> None:
+        """Lets the scheduler go on. A thread has one event loop that runs; here every actor has a thread to itself."""
+        scheduler, loop = self._greenlet.parent, asyncio._get_running_loop()
+        assert scheduler is not None
+        self._stopped = getcurrent()
+        asyncio._set_running_loop(None)
+        try:
+            scheduler.switch()
+        finally:
+            asyncio._set_running_loop(loop)
 
     def holds(self, worker: str | None) -> bool:
         """Whether a row with this worker is this actor's."""
@@ -76,7 +95,7 @@ class Actor:
         """Kills the actor where it stands. What it does on its way down no longer reaches the world."""
         self.dead = True
         if self._greenlet:
-            self._greenlet.throw(Crash)
+            self._stopped.throw(Crash)
 
 
 class World:
@@ -98,6 +117,7 @@ class World:
         self.not_before: dict[str, datetime] = {}  # run id → when its next attempt may begin
         self.at_stop: dict[str, Callable[[], object]] = {}  # what comes up when an actor first stops there
         self.troubles: dict[str, int] = {}  # of the database: how many are left; none once it is quiet
+        self.stops_in_a_body = 1
         World.current = self
 
     # ---- actors ----
@@ -110,8 +130,12 @@ class World:
 
     def me(self) -> Actor | None:
         """The actor that is running."""
-        running = getcurrent()
-        return next((actor for actor in self.actors if actor._greenlet is running), None)
+        running, actors = getcurrent(), {id(actor._greenlet): actor for actor in self.actors}
+        while running is not None:
+            if (actor := actors.get(id(running))) is not None:
+                return actor
+            running = running.parent
+        return None
 
     def stop_here(self, where: str) -> None:
         """A point at which the scheduler may choose somebody else, or end this actor."""
@@ -123,8 +147,7 @@ class World:
         actor.at = where
         if (comes_up := self.at_stop.pop(where, None)) is not None:
             comes_up()
-        assert actor._greenlet.parent is not None
-        actor._greenlet.parent.switch()
+        actor.stop()
         if actor.dead:
             raise Crash
 
@@ -178,6 +201,26 @@ class SimulatedStopping:
     def is_set(self) -> bool:
         actor = World.current.me()
         return actor is not None and actor.stopping
+
+
+class SimulatedInterrupts:
+    """Which actors are in the midst of a body that can be interrupted."""
+
+    @contextmanager
+    def body(self, worker: str) -> Iterator[None]:
+        actor = World.current.me()
+        if actor is None:
+            yield
+            return
+        actor.in_body, actor.interrupted = worker, False
+        try:
+            yield
+        finally:
+            actor.in_body = None
+
+    async def coroutine(self, worker: str, body: Coroutine[Any, Any, T]) -> T:
+        with self.body(worker):
+            return await body
 
 
 class SimulatedStore(SqlFlowStore):

@@ -17,6 +17,7 @@ from sqlalchemy.pool import NullPool
 
 from celery_flows import FlowCancelled, FlowHandle, FlowStepStatus, Run, StepFailed
 from celery_flows.store import Flow, FlowManager, SqlFlowStore, audit
+from celery_flows.store import operations as op
 from celery_flows.store.audit import Finding
 from celery_flows.store.fold import FLOW_FIELDS, STEP_FIELDS, Fold, differing
 from celery_flows.store.tables import flow_dispatch, flow_events, flow_steps, flows
@@ -416,7 +417,7 @@ def test_pages_of_flows_follow_each_other_without_gap_or_double(
     store: SqlFlowStore, manager: FlowManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit, "FLOW_PAGE", 3)
-    monkeypatch.setattr(audit, "EVENT_PAGE", 2)
+    monkeypatch.setattr(op, "EVENT_PAGE", 2)
     made = [damaged(store, manager).id for _ in range(7)]
     for _ in range(4):
         manager.update_state(made[3], {})

@@ -19,7 +19,7 @@ from celery import Celery, Task
 from celery_flows import FlowHandle, Flows, SqlFlowStore
 from celery_flows.store import operations as op
 from celery_flows.store.engines import make_engine
-from celery_flows.store.tables import flow_dispatch, flows
+from celery_flows.store.tables import flow_dispatch, flow_limits, flows
 from celery_flows.tasks.testing.hands import Hands
 from tests.support.fold import assert_whole
 from tests.support.waiting import until
@@ -127,6 +127,8 @@ class Bench(Hands):
 
     def pass_time(self) -> int:
         """Every time that rows wait for has come: timers, retries, the next publishing, the end of leases."""
+        with self.store.engine.begin() as connection:
+            connection.execute(sa.update(flow_limits).values(due_at=PAST))
         return self._past(_d.due_at.isnot(None))
 
     def _past(self, rows: sa.ColumnElement[bool]) -> int:

@@ -32,7 +32,7 @@ def fold_steps(events: Iterable[FlowEvent]) -> dict[str, FlowStep]:
         ran = timedelta(microseconds=told.pop("elapsed_us", 0))
         run_id = event.payload_json["run_id"]
         row = rows.setdefault(run_id, {"flow_id": event.flow_id, "run_id": run_id, "created_at": event.at - ran})
-        row |= {**told, "updated_at": event.at}
+        row |= {"updated_at": event.at, **told}
     return {run_id: FlowStep(**row) for run_id, row in rows.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,14 +11,27 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from celery import Celery, Task, signals
 from pydantic import BaseModel
+from sqlalchemy.orm import Session
 
-from celery_flows import FlowDefinition, Flows, Retry, Run, StepFailed, StepTimedOut
+from celery_flows import (
+    AsyncRun,
+    FlowCancelled,
+    FlowDefinition,
+    Flows,
+    FlowTimedOut,
+    Limit,
+    Retry,
+    Run,
+    StepFailed,
+    StepTimedOut,
+)
 from celery_flows.store import SqlFlowStore
 from celery_flows.store.clock import boottime
 from celery_flows.store.engines import make_engine
@@ -33,6 +47,8 @@ MIRRORS = "SHOP_MIRRORS"  # root tasks of these names are mirrored
 DEFAULTS = "SHOP_DEFAULTS"  # there at all: durations are as in a real shop
 # Short, so that tests of recovery are: a real shop leaves these as they are.
 SHORT = {"flow_lease_seconds": 3, "flow_sweep_seconds": 0.2, "flow_republish_seconds": 2}
+DOZE_SECONDS = 300.0  # longer than any test
+AT_ONCE, STAY_SECONDS = 2, 0.3  # of the limited flow
 HOLD_SECONDS = 60.0  # how long a held step holds if nobody releases it
 
 
@@ -58,6 +74,10 @@ class Shop:
     retried: FlowDefinition[str, str]
     undone: FlowDefinition[str, None]
     bounded: FlowDefinition[str, list[str]]
+    beside: FlowDefinition[list[str], list[str]]
+    asleep: FlowDefinition[str, None]
+    asleep_for_a_while: FlowDefinition[str, None]
+    limited: FlowDefinition[int, int]
     greet: Task[Any, None]
 
     @property
@@ -98,6 +118,15 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
         while not gate_of(effects).exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         effects.append(f"{label} ended", at=boottime())
+        return label
+
+    async def hold_beside(label: str) -> str:
+        """As :func:`hold`, and does not keep its siblings waiting; a quick one does not wait at all."""
+        effects.append(f"{label} began")
+        deadline = time.monotonic() + HOLD_SECONDS
+        while label != "quick" and not gate_of(effects).exists() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        effects.append(f"{label} ended")
         return label
 
     def reserve(order: Order) -> list[int]:
@@ -154,6 +183,36 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
         effects.append("oversleep")
         time.sleep(seconds)
         return "overslept"
+
+    def doze(name: str) -> None:
+        """Sleeps for as long as it is let, and says when it is no more."""
+        effects.append(f"{name} dozes", at=boottime())
+        try:
+            time.sleep(DOZE_SECONDS)
+        finally:
+            effects.append(f"{name} is woken", at=boottime())
+
+    def doze_in(session: Session, name: str) -> None:
+        session.execute(sa.text("CREATE TABLE dozed (id int)"))
+        doze(name)
+
+    def doze_in_database(session: Session, name: str) -> None:
+        effects.append(f"{name} dozes", at=boottime())
+        session.execute(sa.text("SELECT pg_sleep(:seconds)"), {"seconds": DOZE_SECONDS})
+
+    @app.task(name="shop.doze", shared=False)
+    def doze_elsewhere(name: str) -> None:
+        doze(name)
+
+    def sleep_like_a_log(name: str) -> None:
+        """Whatever wakes it, it turns over."""
+        while True:
+            with suppress(BaseException):
+                doze(name)
+
+    @app.task(name="shop.sleep_like_a_log", shared=False)
+    def log_elsewhere(name: str) -> None:
+        sleep_like_a_log(name)
 
     @app.task(name="shop.greet", shared=False)
     def greet(name: str) -> None:
@@ -257,6 +316,65 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
             told.append(run.options(retry=Retry(2, initial=timedelta(milliseconds=10))).step(dawdle))
         return told
 
+    @flows.flow("shop/beside")
+    async def beside(run: AsyncRun, labels: list[str]) -> list[str]:
+        await run.step(note, "before")
+        held = await run.gather(partial(hold_beside, label) for label in labels)
+        await run.sleep(timedelta(milliseconds=100))
+        await run.step(note, "after")
+        return held
+
+    def in_bed(run: Run, kind: str) -> None:
+        """Takes a step that ends only if somebody ends it."""
+        if kind == "inline":
+            run.step(doze, kind)
+        if kind == "celery":
+            run.step(doze_elsewhere, kind)
+        if kind == "transaction":
+            run.transaction(doze_in, kind)
+        if kind == "database":
+            run.transaction(doze_in_database, kind)
+        if kind == "gather":
+            run.gather([doze_elsewhere.s(kind), doze_elsewhere.s(kind), echo.s(kind)])
+        if kind == "gather inline":
+            run.gather([partial(doze, kind), echo.s(kind)])
+        if kind == "child":
+            run.flow(asleep, "celery")
+        if kind == "log inline":
+            run.step(sleep_like_a_log, kind)
+        if kind == "log elsewhere":
+            run.step(log_elsewhere, kind)
+
+    @flows.flow("shop/asleep")
+    def asleep(run: Run, kind: str) -> None:
+        """Goes to bed, and is told why it is woken."""
+        run.step(note, f"{kind} begins")
+        try:
+            in_bed(run, kind)
+        except (FlowCancelled, FlowTimedOut) as told:
+            run.step(note, f"{kind}: {type(told).__name__}")
+            run.step(hold, f"{kind} cleanup")
+            run.step(hold_elsewhere, f"{kind} cleanup elsewhere")
+            raise
+
+    @flows.flow("shop/asleep for a while", timeout=timedelta(seconds=3))
+    def asleep_for_a_while(run: Run, kind: str) -> None:
+        asleep.function(run, kind)
+
+    @app.task(name="shop.stay", shared=False)
+    def stay(number: int) -> int:
+        """Says when it begins and ends."""
+        effects.append(f"stay {number} began", at=boottime())
+        time.sleep(STAY_SECONDS)
+        effects.append(f"stay {number} ended", at=boottime())
+        return number
+
+    @flows.flow("shop/limited", limit=Limit(AT_ONCE))
+    def limited(run: Run, number: int) -> int:
+        """Works here, and then as a Celery step."""
+        run.step(stay.run, number)
+        return int(run.step(stay, -number))
+
     if BELLS in environment:
 
         @flows.flow("shop/bell", schedule=float(environment[BELLS]))
@@ -265,7 +383,7 @@ def open_shop(environment: Mapping[str, str], **conf: Any) -> Shop:
 
     return Shop(
         app, flows, effects, fulfil, held_step, held_inline, many_inline, delayed, swollen, private, retried, undone,
-        bounded, greet,
+        bounded, beside, asleep, asleep_for_a_while, limited, greet,
     )  # fmt: skip
 
 

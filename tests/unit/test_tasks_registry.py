@@ -69,6 +69,11 @@ def test_a_name_is_taken_once(flows: Flows) -> None:
     assert flows.runtime.registry.require("taken").function is no_input
 
 
+def test_a_name_of_the_engines_own_is_refused(flows: Flows) -> None:
+    with pytest.raises(InvalidData, match=r"'flows\.event' is taken by celery-flows itself"):
+        flows.flow("flows.event")(no_input)
+
+
 def test_the_same_function_again_replaces_itself(flows: Flows) -> None:
     """A module that is reloaded defines its flows anew."""
     flows.flow("reloaded")(no_input)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from celery_flows.tasks.runtime import worker_token
-from celery_flows.worker.leases import held_by, is_alive
+from celery_flows.worker.processes import held_by, is_alive
 
 
 @dataclass(frozen=True)
