@@ -4,6 +4,7 @@ tests/acceptance."""
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_each_night_is_reported_once_and_those_missed_too(flow_app: FlowApp, flo
     for number in (2, 3, 4, 4):
         assert len(look(flow_app)) == number
     days = [datetime.fromisoformat(told.split()[2].rstrip(":")) for told in look(flow_app)]
-    assert [later - earlier for earlier, later in zip(days, days[1:], strict=False)] == [timedelta(days=1)] * 3
+    assert [later - earlier for earlier, later in pairwise(days)] == [timedelta(days=1)] * 3
 
 
 def next_night(clock: FlowClock) -> datetime:
