@@ -1,1 +1,1 @@
-"""Well-known samples of other engines, written as flows: see README.md."""
+"""Scenarios that are known from elsewhere, as flows of this library."""

@@ -1,92 +1,65 @@
-"""Money goes from one account to another, or comes back. After Temporal's money transfer."""
+"""Money is moved once, or comes back once, whoever dies meanwhile."""
 
 from __future__ import annotations
 
-from datetime import timedelta
-from typing import Any
-
 import pytest
-from celery import Celery
-from pydantic import BaseModel
 
-from celery_flows import FlowFailed, FlowHandle, Flows, Permanent, Retry, Run
-from celery_flows.testing import FlowApp, FlowCrash
-from tests.scenarios.conftest import Killing
-from tests.scenarios.gate import pass_gate
-from tests.scenarios.ledger import Ledger
+from celery_flows import FlowFailed
+from celery_flows.tasks.testing.crash import When
+from celery_flows.testing import FlowApp, FlowCrash, assert_history
+from tests.scenarios.money_transfer import Transfer, transfer
+from tests.scenarios.outside import Outside
 
-app = Celery("money_transfer")
-app.conf.update(task_default_queue="money-transfer", worker_prefetch_multiplier=1)
-flows = Flows(app)
+ORDER = Transfer(reference="r1", source="ann", target="bob", cents=500)
+OUT, IN, BACK = "withdraw 500 from ann", "deposit 500 to bob", "refund 500 to ann"
 
 
-class Transfer(BaseModel):
-    reference: str
-    source: str
-    target: str
-    cents: int
+def test_money_moves(flow_app: FlowApp, world: Outside) -> None:
+    handle = transfer.start(ORDER)
+    assert handle.result() == [OUT, IN]
+    assert world.asked == [OUT, IN]
+    assert_history(
+        handle, ["created", "started", "step_succeeded withdraw", ..., "step_succeeded deposit", ..., "finished"]
+    )
 
 
-class NoSuchAccount(Permanent):
-    pass
+def test_a_bank_that_is_down_for_a_while_is_asked_again(flow_app: FlowApp, world: Outside) -> None:
+    world.refuse("deposit", times=2)
+    assert transfer.start(ORDER).result() == [OUT, IN]
+    assert world.asked == [OUT, IN, IN, IN]
+    assert world.done == [OUT, IN]
 
 
-@app.task
-def withdraw(transfer: dict[str, Any]) -> str:
-    return Ledger().book(f"{transfer['reference']} out", transfer["source"], -transfer["cents"])
+def test_what_cannot_be_deposited_comes_back(flow_app: FlowApp, world: Outside) -> None:
+    world.refuse("deposit")
+    with pytest.raises(FlowFailed) as failed:
+        transfer.start(ORDER).result()
+    assert (failed.value.type, failed.value.undo_failed) == ("StepFailed", ())
+    assert "Refused" in failed.value.message
+    assert world.done == [OUT, BACK]
 
 
-@app.task
-def deposit(transfer: dict[str, Any]) -> str:
-    if transfer["target"] == "nobody":
-        raise NoSuchAccount(transfer["target"])
-    booked = Ledger().book(f"{transfer['reference']} in", transfer["target"], transfer["cents"])
-    pass_gate("deposit")
-    return booked
+def test_what_cannot_be_withdrawn_is_not_given_back(flow_app: FlowApp, world: Outside) -> None:
+    world.refuse("withdraw")
+    with pytest.raises(FlowFailed):
+        transfer.start(ORDER).result()
+    assert world.done == []
 
 
-@app.task
-def give_back(transfer: dict[str, Any]) -> str:
-    return Ledger().book(f"{transfer['reference']} back", transfer["source"], transfer["cents"])
-
-
-# ---- the flow ----
-
-
-@flows.flow("transfer", retry=Retry(max_attempts=10, maximum=timedelta(seconds=2)))
-def transfer_money(run: Run, transfer: Transfer) -> str:
-    told = transfer.model_dump()
-    withdrawn = run.step(withdraw, told)
-    run.on_failure(give_back, told)
-    deposited = run.step(deposit, told)
-    return f"{withdrawn}, {deposited}"
-
-
-# ---- its tests ----
-
-TEN = Transfer(reference="t-1", source="ann", target="bob", cents=10)
-
-
-@pytest.mark.parametrize("when", ["before", "during", "after", None])
-@pytest.mark.parametrize("step", ["withdraw", "deposit"])
-def test_money_is_moved_once(flow_app: FlowApp, flow_crash: FlowCrash, ledger: Ledger, step: str, when: Any) -> None:
-    if when is not None:
-        flow_crash.at(step, when=when)
-    assert transfer_money.start(TEN, key="t-1").result() == "t-1 out, t-1 in"
-    assert (ledger.balance("ann"), ledger.balance("bob")) == (-10, 10)
-
-
-def test_what_cannot_be_deposited_comes_back(flow_app: FlowApp, ledger: Ledger) -> None:
-    handle = transfer_money.start(TEN.model_copy(update={"target": "nobody"}))
-    with pytest.raises(FlowFailed, match="NoSuchAccount"):
-        handle.result()
-    assert (ledger.balance("ann"), ledger.balance("nobody")) == (0, 0)
-    assert sum("deposit" in name for name in flow_app.ran) == 1
-
-
-def test_a_worker_killed_with_the_money_in_its_hands_moves_it_once(killing: Killing, ledger: Ledger) -> None:
-    def outcome(handle: FlowHandle[str]) -> str:
-        return handle.result(timeout=60)
-
-    assert killing.result(lambda: transfer_money.start(TEN, key="t-1"), "deposit", outcome) == "t-1 out, t-1 in"
-    assert (ledger.balance("ann"), ledger.balance("bob")) == (-10, 10)
+@pytest.mark.parametrize(("when", "times"), [("before", 1), ("during", 2), ("after", 1)])
+@pytest.mark.parametrize("step", ["withdraw", "deposit", "refund"])
+def test_a_crash_moves_nothing_twice(
+    flow_app: FlowApp, flow_crash: FlowCrash, world: Outside, step: str, when: When, times: int
+) -> None:
+    flow_crash.at(step, when=when)
+    handle = transfer.start(ORDER)
+    if step == "refund":
+        world.refuse("deposit")
+        with pytest.raises(FlowFailed):
+            handle.result()
+        assert world.done == [OUT, BACK]
+    else:
+        assert handle.result() == [OUT, IN]
+        assert world.done == [OUT, IN]
+    assert flow_app.ran.count(step) == times
+    assert flow_app.ran.count("withdraw") == (times if step == "withdraw" else 1)

@@ -1,108 +1,69 @@
-"""A long list of records, each a child flow, so many at a time, in a history that stays short. After Temporal's sliding
-window batch."""
+"""All items are seen to, a few at a time; what fails keeps nothing else back."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
-import sqlalchemy as sa
-from celery import Celery
-from pydantic import BaseModel
 
-from celery_flows import Flows, Run, StepFailed
-from celery_flows.store.tables import flows as table
-from celery_flows.testing import FlowApp, FlowCrash
+from celery_flows import FlowStatus
+from celery_flows.tasks.testing.crash import When
+from celery_flows.testing import FlowApp, FlowClock, FlowCrash, FlowMessages
+from tests.scenarios.outside import Outside
+from tests.scenarios.sliding_window import AT_ONCE, flows, frame_all, print_all
 
-app = Celery("sliding_window")
-app.conf.update(task_default_queue="sliding-window")
-flows = Flows(app)
+PICTURES = [f"p{number:02}" for number in range(30)]
+OPEN = (FlowStatus.CREATED, FlowStatus.RUNNING, FlowStatus.WAITING)
 
 
-class Batch(BaseModel):
-    count: int
-    page: int
-    window: int
-    offset: int = 0
-    done: int = 0
-    failed: list[int] = []
-
-
-processed: list[int] = []
-
-
-def load(offset: int, page: int, count: int) -> list[int]:
-    return list(range(offset, min(offset + page, count)))
-
-
-def process(record: int) -> int:
-    if record % 10 == 7:
-        raise ValueError(record)
-    processed.append(record)
-    return record
-
-
-# ---- the flows ----
-
-
-@flows.flow("process record")
-def process_record(run: Run, record: int) -> int:
-    return run.step(process, record)
-
-
-@flows.flow("process batch")
-def process_batch(run: Run, batch: Batch) -> Batch:
-    records = run.step(load, batch.offset, batch.page, batch.count)
-    if not records:
-        return batch
-    members = [process_record.s(record) for record in records]
-    outcomes = run.gather(members, limit=batch.window, return_exceptions=True)
-    failed = [record for record, each in zip(records, outcomes, strict=True) if isinstance(each, StepFailed)]
-    done = batch.done + len(records) - len(failed)
-    run.update(done=done, of=batch.count)
-    more = {"offset": batch.offset + len(records), "done": done, "failed": batch.failed + failed}
-    return run.restart_as(batch.model_copy(update=more))
-
-
-# ---- its tests ----
-
-
-def open_children(flow_app: FlowApp) -> int:
-    query = sa.select(sa.func.count()).where(table.c.parent_flow_id.isnot(None), table.c.finished_at.is_(None))
-    with flow_app.store.engine.connect() as connection:
-        return int(connection.scalar(query) or 0)
-
-
-def test_all_are_processed_and_never_more_at_once_than_the_window(
-    flow_app: FlowApp, monkeypatch: pytest.MonkeyPatch
+def test_a_few_tasks_are_out_at_a_time(
+    flow_app: FlowApp, flow_messages: FlowMessages, world: Outside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processed.clear()
     out: list[int] = []
-    before = flow_app._runtime.before_body
+    ask = world.ask
 
-    def watch(step: str) -> None:
-        before(step)
-        if step == "process":
-            out.append(open_children(flow_app))
+    def noting(what: str, *, key: str = "") -> str:
+        sent = {message.run_id for message in flow_messages.sent if message.task == "pictures.print"}
+        out.append(len(sent) - len(out))
+        return ask(what, key=key)
 
-    monkeypatch.setattr(flow_app._runtime, "before_body", watch)
-    ended = process_batch.start(Batch(count=50, page=20, window=8)).result()
-    assert (ended.done, ended.failed) == (45, [7, 17, 27, 37, 47])
-    assert sorted(processed) == [record for record in range(50) if record % 10 != 7]
-    assert max(out) == 8
-
-
-def test_no_life_has_more_history_than_a_page(flow_app: FlowApp) -> None:
-    handle = process_batch.start(Batch(count=50, page=20, window=8))
-    handle.result()
-    lengths, flow = [], handle.get()
-    while True:
-        lengths.append(len(flow_app.store.list_steps(flow.id)))
-        if flow.continued_as is None:
-            break
-        flow = flows.handle(flow.continued_as).get()
-    assert lengths == [22, 22, 12, 1]
+    monkeypatch.setattr(world, "ask", noting)
+    assert print_all.start(PICTURES).result() == []
+    assert Counter(world.asked) == Counter(f"print {each}" for each in PICTURES)
+    assert max(out) == AT_ONCE
 
 
-@pytest.mark.parametrize("when", ["before", "during", "after"])
-def test_a_crash_loses_no_record(flow_app: FlowApp, flow_crash: FlowCrash, when: str) -> None:
-    flow_crash.at("process", when=when)  # type: ignore[arg-type]
-    assert process_batch.start(Batch(count=5, page=3, window=2)).result().done == 5
+def test_what_fails_is_named_and_the_others_are_done(flow_app: FlowApp, world: Outside) -> None:
+    world.refuse("print p07")
+    world.refuse("print p21")
+    assert print_all.start(PICTURES).result() == ["p07", "p21"]
+    assert len(world.done) == 28
+
+
+@pytest.mark.parametrize(("when", "times"), [("before", 30), ("during", 31), ("after", 30)])
+def test_a_crash_prints_nothing_twice(
+    flow_app: FlowApp, flow_crash: FlowCrash, world: Outside, when: When, times: int
+) -> None:
+    flow_crash.at("pictures.print", when=when)
+    assert print_all.start(PICTURES).result() == []
+    assert len(world.asked) == times
+    assert sorted(world.done) == [f"print {each}" for each in PICTURES]
+
+
+def test_a_few_child_flows_are_open_at_a_time(flow_app: FlowApp, flow_clock: FlowClock, world: Outside) -> None:
+    handle = frame_all.start(PICTURES)
+    flow_app.run()
+    most, began = 0, flow_clock.now()
+    while not handle.status().is_terminal:
+        children = flows.search(definition="pictures/frame", limit=100)
+        most = max(most, sum(child.status in OPEN for child in children))
+        flow_clock.advance(minutes=10)
+    assert handle.result(0) == [f"print {each}, dry" for each in PICTURES]
+    assert most == AT_ONCE
+    assert 6 <= (flow_clock.now() - began).total_seconds() / 3600 < 6.5
+
+
+def test_a_crash_in_a_child_prints_its_picture_once(flow_app: FlowApp, flow_crash: FlowCrash, world: Outside) -> None:
+    flow_crash.at("print_picture", when="after")
+    assert len(frame_all.start(PICTURES).result()) == 30
+    assert len(world.asked) == 30
