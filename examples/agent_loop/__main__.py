@@ -20,13 +20,15 @@ def main() -> None:
 
         def answer() -> bool:
             flow = latest(started)
-            asks = flow.state().get("asks")
+            seen = flow.get()
+            asks = seen.state_json.get("asks")
             if asks is not None and asks not in answered:
                 answered.add(asks)
-                print(f"{flow.state()['calls']}?")
-                decide = flow.reject if "b.txt" in flow.state()["calls"] else flow.approve
-                decide(asks, by="ann")
-            return flow.status().is_terminal
+                calls = seen.state_json["calls"]
+                allowed = "b.txt" not in calls
+                print(f"{calls}? {'yes' if allowed else 'no'}")
+                (flow.approve if allowed else flow.reject)(asks, by="ann")
+            return seen.status.is_terminal and seen.continued_as is None
 
         await_fact(answer, worker, log, seconds=60)
         print(started.result())

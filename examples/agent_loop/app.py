@@ -1,15 +1,16 @@
 """The Celery app and its flow. The model is a plain function: put a call of yours in its place, and nothing else
 changes.
 
-What the model said is recorded like any step. After a crash in the middle of a long conversation it is asked nothing
-twice, which would cost tokens, and might be answered otherwise."""
+What the model said is recorded like any step, so a crash in the middle of a long conversation asks it nothing again
+that it has answered.
+"""
 
 from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any, Literal
 
-from celery import Celery, Task
+from celery import Celery
 from pydantic import BaseModel
 
 from celery_flows import Flows, Retry, Run, StepFailed, WaitTimedOut, step
@@ -51,7 +52,7 @@ class Call(BaseModel):
 
 @step(retry=Retry(max_attempts=5), timeout=timedelta(minutes=2))
 def ask_model(messages: list[Message]) -> Call:
-    """Stands for a language model: counts the files, deletes them one by one, and is done."""
+    """Stands for a language model: lists the files, deletes them one by one, and is done."""
     told = [message.text for message in messages if message.by == "tool"]
     if not told:
         return Call(tool="list_files", text="/tmp/old")
@@ -71,7 +72,7 @@ def delete_file(name: str) -> str:
     return f"deleted {name}"
 
 
-TOOLS = {"list_files": list_files, "delete_file": delete_file}
+TOOLS: dict[str, Any] = {"list_files": list_files, "delete_file": delete_file}
 DANGEROUS = {"delete_file"}
 
 
@@ -81,7 +82,7 @@ DANGEROUS = {"delete_file"}
 @flows.flow("agents/converse")
 def converse(run: Run, conversation: Conversation) -> str:
     """Ends with the model's last word."""
-    for _ in range(TURNS_A_LIFE):
+    while True:
         call = run.step(ask_model, conversation.messages)
         if call.tool is None:
             return call.text
@@ -90,28 +91,30 @@ def converse(run: Run, conversation: Conversation) -> str:
         run.update(turn=conversation.turn, calls=f"{call.tool} {call.text}")
         said = Message(by="model", text=f"{call.tool}({call.text})")
         conversation = conversation.and_then(said, Message(by="tool", text=_outcome(run, call, conversation.turn)))
-    return run.restart_as(conversation)
+        if conversation.turn % TURNS_A_LIFE == 0:
+            run.restart_as(conversation)
 
 
 def _outcome(run: Run, call: Call, turn: int) -> str:
     """What the tool gave, or why it did not: the model is told either way."""
-    tool: Task[Any, str] | None = TOOLS.get(call.tool or "")
+    tool = TOOLS.get(call.tool or "")
     if tool is None:
         return f"there is no {call.tool}"
     if call.tool in DANGEROUS and (refusal := _refusal(run, f"{call.tool} {turn}")):
         return f"{refusal} {call.text}"
     try:
-        return run.step(tool, call.text)
+        return str(run.step(tool, call.text))
     except StepFailed as failed:
         return f"failed with {failed.type}: {failed.message}"
 
 
 def _refusal(run: Run, name: str) -> str:
+    """Why a person does not want it done; empty: it may be done."""
     run.update(asks=name)
     try:
         decision = run.approval(name, timeout=timedelta(days=1))
+        refusal = "" if decision.granted else f"{decision.by} does not allow"
     except WaitTimedOut:
-        return "nobody allowed"
-    finally:
-        run.update(asks=None)
-    return "" if decision.granted else f"{decision.by} does not allow"
+        refusal = "nobody allowed"
+    run.update(asks=None)
+    return refusal

@@ -5,28 +5,28 @@ from __future__ import annotations
 
 import os
 
-from celery_flows import Flow, FlowStatus
-from celery_flows.worker.embedded import await_fact
-from examples.nightly_report.app import app, flows
-from examples.servers import servers, start_worker
+NIGHTS = 3
 
-NIGHTS, SECONDS = 3, "2"
+os.environ.setdefault("NIGHTLY_REPORT_SECONDS", "2")
 
 
 def main() -> None:
-    os.environ.setdefault("NIGHTLY_REPORT_SECONDS", SECONDS)  # for the worker
+    from celery_flows import Flow, FlowStatus
+    from celery_flows.worker.embedded import await_fact
+    from examples.nightly_report.app import app, flows
+    from examples.servers import servers, start_worker
+
     with servers(app) as processes:
         beat = ("--beat", "--schedule", str(processes.directory / "beat"))
         start_worker(processes, "examples.nightly_report.app", *beat)
-        await_fact(lambda: len(reports()) >= NIGHTS, processes.children["worker"], processes.log_of("worker"))
-        for report in reports()[:NIGHTS]:
-            print(report.result_json)
 
+        def ended() -> list[Flow]:
+            return flows.store.list_by_status(FlowStatus.FINISHED)
 
-def reports() -> list[Flow]:
-    """The flows that have ended, oldest slot first."""
-    ended = flows.store.list_by_status(FlowStatus.FINISHED)
-    return sorted(ended, key=lambda flow: str(flow.idempotency_key))
+        await_fact(lambda: len(ended()) >= NIGHTS, processes.children["worker"], processes.log_of("worker"), 60)
+        reports = sorted(ended(), key=lambda flow: str(flow.idempotency_key))[:NIGHTS]
+        for report in reports:
+            print(f"{report.idempotency_key}: {report.result_json}")
 
 
 if __name__ == "__main__":

@@ -13,23 +13,23 @@ SECONDS = 60.0
 def main() -> None:
     with servers(app) as processes:
         start_worker(processes, "examples.order_fulfilment.app", "-Q", "orders,payments")
-        small = fulfil.start(order("order-1", "Elm Street 1", 1200), key="order-1")
-        large = fulfil.start(order("order-2", "Elm Street 2", 90_000), key="order-2")
+        small = fulfil.start(order("order-1", "a table", 1200), key="order-1")
+        large = fulfil.start(order("order-2", "a sofa", 90_000), key="order-2")
         large.approve("manager", by="ann")
-        lost = fulfil.start(order("order-3", "nowhere", 1200), key="order-3")
+        lost = fulfil.start(order("order-3", "a piano", 1200), key="order-3")
         print(*small.result(SECONDS), *large.result(SECONDS), sep="\n")
         try:
             lost.result(SECONDS)
         except FlowFailed as failed:
-            print(f"order-3 failed: {failed.type}")
+            print(f"order-3 is undone: {failed.message}")
         for step in flows.store.list_steps(lost.id):
             print(f"  {step.task.rpartition('.')[2]}: {step.status}")
 
 
-def order(order_id: str, address: str, cents: int) -> Order:
-    """An order of two things."""
-    lines = [Line(article="a chair", count=1, cents=cents), Line(article="a table", count=1, cents=cents)]
-    return Order(id=order_id, address=address, lines=lines)
+def order(order_id: str, article: str, cents: int) -> Order:
+    """An order of a chair and of something else."""
+    lines = [Line(article=each, count=1, cents=cents) for each in ("a chair", article)]
+    return Order(id=order_id, address="Elm Street 1", lines=lines)
 
 
 if __name__ == "__main__":

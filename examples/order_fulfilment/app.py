@@ -10,8 +10,11 @@ from pydantic import BaseModel
 from celery_flows import Flows, Permanent, Retry, Run, WaitTimedOut
 
 app = Celery("order_fulfilment")
-app.conf.update(task_default_queue="orders", worker_prefetch_multiplier=1)
-app.conf.task_routes = {f"{__name__}.{task}": "payments" for task in ("charge", "refund")}
+app.conf.update(
+    task_default_queue="orders",
+    task_routes={f"{__name__}.{name}": {"queue": "payments"} for name in ("charge", "refund")},
+    worker_prefetch_multiplier=1,
+)
 flows = Flows(app)
 
 APPROVED_FROM_CENTS = 100_000
@@ -38,7 +41,7 @@ class Order(BaseModel):
 
 
 class NotDeliverable(Permanent):
-    """No courier goes there."""
+    """No courier takes it."""
 
 
 # ---- the business: what a real shop would call elsewhere ----
@@ -69,14 +72,19 @@ def refund(payment: str) -> str:
 @app.task
 def print_label(address: str, article: str) -> str:
     """Asks the courier for a label."""
-    if address == "nowhere":
-        raise NotDeliverable(address)
+    if article == "a piano":
+        raise NotDeliverable(f"no courier carries {article}")
     return f"{article} to {address}"
 
 
 def hand_over(label: str) -> str:
     """Gives the parcel to the courier."""
     return f"sent: {label}"
+
+
+def recall(order_id: str) -> str:
+    """Has the courier bring back whatever it was given of this order, be it nothing."""
+    return f"parcels of {order_id} recalled"
 
 
 # ---- the flows ----
@@ -106,6 +114,7 @@ def fulfil(run: Run, order: Order) -> list[str]:
         return [refusal]
     payment = run.step(charge, order.id, order.cents)
     run.on_failure(refund, payment)
+    run.on_failure(recall, order.id)  # before the parcels: when one fails, others may be on their way
     return run.gather([send_parcel.s(Parcel(address=order.address, article=line.article)) for line in order.lines])
 
 
@@ -116,4 +125,5 @@ def _refusal(run: Run) -> str:
         decision = run.approval("manager", timeout=timedelta(days=2))
     except WaitTimedOut:
         return "nobody approved"
+    run.update(asks=None)
     return "" if decision.granted else f"refused by {decision.by}: {decision.comment}"

@@ -1,50 +1,38 @@
-"""The examples, as a stranger runs them: on servers of their own, and on given ones. The mirrored chord and the demo
-have files of their own."""
+"""The examples that run by themselves, as a stranger runs them: each as a process, on servers of its own."""
 
 from __future__ import annotations
 
 import re
 import sys
-from subprocess import CompletedProcess
 
-import pytest
-
-from tests.support.brokers import Broker
 from tests.support.commandline import ROOT, Project
 
 
-def run(example: str, **settings: str) -> CompletedProcess[str]:
-    ended = Project(ROOT, settings).run(sys.executable, "-W", "error", "-m", f"examples.{example}")
+def said_by(name: str) -> list[str]:
+    """What ``python -m examples.NAME`` prints; it must end well by itself."""
+    ended = Project(ROOT, {}).run(sys.executable, "-W", "error", "-m", f"examples.{name}")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended
+    return [line.strip() for line in ended.stdout.splitlines()]
 
 
-def said(example: str, request: pytest.FixtureRequest, servers: str) -> list[str]:
-    if servers == "its own":
-        return run(example).stdout.splitlines()
-    broker: Broker = request.getfixturevalue("redis_server")
-    urls = {"FLOW_STORE_URL": request.getfixturevalue("postgresql_url"), "CELERY_BROKER_URL": broker.url}
-    return run(example, **urls).stdout.splitlines()
+def test_two_orders_are_sent_and_one_is_undone() -> None:
+    *sent, why, reserved, charged, chair, piano, recalled, refunded, released = said_by("order_fulfilment")
+    assert sent == [f"sent: {what} to Elm Street 1" for what in ("a chair", "a table", "a chair", "a sofa")]
+    assert why.startswith("order-3 is undone: ")
+    assert "no courier carries a piano" in why
+    assert (reserved, charged) == ("reserve: succeeded", "charge: succeeded")
+    assert chair.removeprefix("orders/send parcel: ") in {"succeeded", "cancelled"}  # by who came first
+    assert piano == "orders/send parcel: failed"
+    assert (recalled, refunded, released) == ("recall: succeeded", "refund: succeeded", "release: succeeded")
 
 
-either = pytest.mark.parametrize("servers", ["its own", "PostgreSQL and Redis"])
+def test_each_slot_has_a_report() -> None:
+    reports = said_by("nightly_report")
+    slots = [re.fullmatch(r"slot (\S+): report of [\d-]+: \d+", line) for line in reports]
+    assert len({slot.group(1) for slot in slots if slot}) == len(reports) == 3
 
 
-@either
-def test_orders_are_sent_approved_and_undone(servers: str, request: pytest.FixtureRequest) -> None:
-    lines = said("order_fulfilment", request, servers)
-    sent = [f"sent: a {thing} to Elm Street {number}" for number in (1, 2) for thing in ("chair", "table")]
-    assert lines[:5] == [*sent, "order-3 failed: StepFailed"]
-    assert lines[-2:] == ["  refund: succeeded", "  release: succeeded"]
-
-
-@either
-def test_nights_are_reported(servers: str, request: pytest.FixtureRequest) -> None:
-    lines = said("nightly_report", request, servers)
-    assert [bool(re.fullmatch(r"report of \d{4}-\d\d-\d\d: \d+", line)) for line in lines] == [True] * 3
-
-
-@either
-def test_an_agent_is_done(servers: str, request: pytest.FixtureRequest) -> None:
-    asked = [f"delete_file {name}.txt?" for name in "abc"]
-    assert said("agent_loop", request, servers) == [*asked, "done after 4 calls"]
+def test_the_agent_asks_before_each_deletion() -> None:
+    assert said_by("agent_loop") == [
+        "delete_file a.txt? yes", "delete_file b.txt? no", "delete_file c.txt? yes", "done after 4 calls",
+    ]  # fmt: skip
