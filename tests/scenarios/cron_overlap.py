@@ -31,4 +31,5 @@ def take_stock(run: Run, slot: datetime) -> str:
 
 skips = flows.flow("stock/skips", schedule=HOUR, overlap="skip")(take_stock)
 waits = flows.flow("stock/waits", schedule=HOUR, overlap="wait", catch_up="all")(take_stock)
+waits_once = flows.flow("stock/waits once", schedule=HOUR, overlap="wait")(take_stock)
 allows = flows.flow("stock/allows", schedule=HOUR, overlap="allow")(take_stock)

@@ -9,7 +9,7 @@ import pytest
 
 from celery_flows import FlowDefinition
 from celery_flows.testing import FlowApp, FlowCrash
-from tests.scenarios.cron_overlap import allows, app, skips, waits
+from tests.scenarios.cron_overlap import allows, app, skips, waits, waits_once
 from tests.scenarios.outside import Outside
 
 
@@ -48,13 +48,18 @@ def test_wait_has_each_begin_when_the_one_before_has_ended(flow_app: FlowApp, wo
     ]  # fmt: skip
 
 
+def test_wait_has_only_the_last_begin_if_only_the_last_is_made_up_for(flow_app: FlowApp, world: Outside) -> None:
+    pass_hours(flow_app, waits_once, 9)
+    assert counted(world) == ["00:00", "02:00", "05:00", "08:00"]
+
+
 def test_allow_has_them_side_by_side(flow_app: FlowApp, world: Outside) -> None:
     pass_hours(flow_app, allows, 5)
     assert counted(world) == ["00:00", "01:00", "02:00", "03:00", "04:00"]
     assert world.asked.index("counted 00:00") > world.asked.index("count 02:00")
 
 
-@pytest.mark.parametrize("definition", [skips, waits, allows])
+@pytest.mark.parametrize("definition", [skips, waits, waits_once, allows])
 def test_a_crash_counts_nothing_twice(
     flow_app: FlowApp, flow_crash: FlowCrash, world: Outside, definition: FlowDefinition[Any, Any]
 ) -> None:
