@@ -75,6 +75,8 @@ def read_origin(conn: Connection, flow_id: UUID) -> Origin | None:
     origin = Origin(flow, list_steps(conn, flow_id))
     for event in each_event(conn, flow_id):
         _take_in(origin, event)
+    for step in origin.steps:  # one that was inserted by hand is told of by no event
+        origin.told.setdefault(step.run_id, Told(0, 0, taken_over=False))
     return origin
 
 

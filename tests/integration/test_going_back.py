@@ -877,3 +877,17 @@ def test_what_came_first_is_taken_over(bench: Bench, shop: Shop) -> None:
     assert bench.finish(handle.retry()) == [0, 5, "after done"]
     assert bench.finish(handle.fork(from_step="note")) == [0, 5, "after done"]
     assert shop.ran() == ["beside", "after", "after", "after"]
+
+
+def test_a_step_that_somebody_inserted_by_hand_is_not_taken_for_the_flows_own(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    shop = Shop(bench)
+    shop.fails = {"second"}
+    handle = three(shop).start("Ada")
+    fail(bench, handle)
+    by_hand = FlowStep(flow_id=handle.id, run_id="mine", task="note", status=FlowStepStatus.SUCCEEDED, position=9)
+    bench.store.insert_step(by_hand)
+    with pytest.raises(InvalidData, match="step note: has a run id that its flow did not give it: mine"):
+        handle.retry()
+    with bench.store.engine.begin() as connection:  # no history would be whole with it
+        connection.execute(sa.delete(flow_steps).where(flow_steps.c.id == by_hand.id))

@@ -26,11 +26,13 @@ _numbers = itertools.count(1)
 class Worker:
     """One ``celery worker`` process with its children, in a session of its own, its output in a file."""
 
-    def __init__(self, environment: Mapping[str, str], directory: Path, *options: str) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], directory: Path, *options: str, app: str = "tests.support.shop_worker"
+    ) -> None:
         self.name = f"worker-{os.getpid()}-{next(_numbers)}"
         self.log = directory / f"{self.name}.log"
         self.ready = directory / f"{self.name}.ready"
-        command = [sys.executable, "-m", "celery", "-A", "tests.support.shop_worker", "worker", "-n", f"{self.name}@%h"]
+        command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", f"{self.name}@%h"]
         command += ["-c", "2", "--without-mingle", "--without-gossip", "--loglevel", "INFO", *options]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(

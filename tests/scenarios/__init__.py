@@ -1,0 +1,1 @@
+"""Scenarios that are known from elsewhere, as flows of this library."""
