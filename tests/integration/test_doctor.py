@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 from celery import Celery
 
-from celery_flows import FlowHandle, Flows, FlowStatus, Run
+from celery_flows import FlowHandle, Flows, FlowStatus, Limit, Run
 from celery_flows.store import dispatch, health, schema
 from celery_flows.store import operations as op
 from celery_flows.store.schema import VERSION_TABLE
@@ -248,6 +248,33 @@ def test_work_that_is_published_and_never_claimed_is_found(bench: Bench) -> None
         bench.sweep()
     assert found(bench, "unclaimed") == [f"1 of 'work' on queue {bench.queue}"]
     assert found(bench, "no_consumer") == [f"1 rows wait on queue {bench.queue}; no worker answered for it"]
+
+
+def test_flows_that_queue_for_a_slot_for_long_are_a_notice(bench: Bench) -> None:
+    @bench.task("work")
+    def work() -> None: ...
+
+    @bench.flows.flow("limited", limit=Limit(1))
+    def limited(run: Run) -> None:
+        run.gather([work.s()])
+
+    holder, *others = (limited.start() for _ in range(3))
+    for handle in holder, *others:
+        bench.drive(handle.id)
+    assert found(bench, "queued") == []
+    with bench.store.engine.begin() as connection:
+        long_ago = op.now(connection) - timedelta(seconds=700)
+        queued = sa.update(flow_dispatch).where(flow_dispatch.c.queued_at.isnot(None))
+        connection.execute(queued.values(queued_at=long_ago))
+    (told,) = found(bench, "queued")
+    assert told.startswith("2 of 'limited', the first for 7")
+    others[0].pause()
+    (told,) = found(bench, "queued")
+    assert told.startswith("1 of 'limited'")
+    assert not KINDS["queued"].is_problem
+    others[0].unpause()
+    bench.work()
+    assert found(bench, "queued") == []
 
 
 def test_a_paused_flow_waits_for_nobody(bench: Bench) -> None:

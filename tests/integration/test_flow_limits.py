@@ -13,11 +13,10 @@ import sqlalchemy as sa
 from pydantic import BaseModel
 
 from celery_flows import FlowDefinition, FlowHandle, InvalidData, Limit, Retry, Run
-from celery_flows.store import FlowStatus, dispatch, health, limits
+from celery_flows.store import FlowStatus, dispatch, limits
 from celery_flows.store.tables import flow_dispatch, flow_heartbeats, flow_limits, flows
 from celery_flows.tasks import runtime as runtime_module
 from celery_flows.tasks import slots as of_schedules
-from celery_flows.worker.doctor import QUEUED_SECONDS, examine
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
 
@@ -586,23 +585,6 @@ def test_the_key_is_of_the_input_as_the_flow_takes_it(bench: Bench) -> None:
     started = bench.app.tasks["flows.start"].apply(kwargs={"name": "orders/fulfil", "input": {"id": "1"}}, throw=True)
     flow_id = UUID(started.get())
     assert bench.rows(flow_id)[0].limit_key == '["orders/fulfil", "acme"]'
-    bench.work()
-
-
-# ---- what is told ---------------------------------------------------------------------------------------------------
-
-
-def test_doctor_tells_who_has_queued_for_long(bench: Bench) -> None:
-    flow = calling(bench, limit=Limit(1))
-    drive_all(bench, [flow.start(str(n)) for n in range(3)])
-    assert bench.store.run(health.list_queued, QUEUED_SECONDS) == []
-    assert "queued" not in {finding.kind for finding in examine(bench.runtime, reply_seconds=0.1)}
-    with bench.store.engine.begin() as connection:
-        long_ago = sa.update(flow_dispatch).where(_d.queued_at.isnot(None))
-        connection.execute(long_ago.values(queued_at=datetime.fromisoformat("2020-01-01T00:00:00+00:00")))
-    (found,) = [finding for finding in examine(bench.runtime, reply_seconds=0.1) if finding.kind == "queued"]
-    assert found.about.startswith("2 of 'orders/charge', the first for ")
-    assert not found.is_problem
     bench.work()
 
 
