@@ -19,7 +19,9 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from celery_flows import FlowManager, FlowStatus, SqlFlowStore
-from celery_flows.store import Flow, schema
+from celery_flows.store import Flow, limits, schema
+from celery_flows.store import operations as op
+from celery_flows.store.changes import Drive
 from celery_flows.store.engines import make_engine
 from celery_flows.store.tables import flow_dispatch, flows
 from celery_flows.worker.__main__ import main
@@ -308,6 +310,15 @@ def test_show_tells_of_which_flow_it_is_a_fork(project: Project, store: SqlFlowS
     forked = Flow(controller_id="orders/import", owner_session_key="ada", forked_from=uuid4())
     store.insert(forked)
     assert f"forked from\t{forked.forked_from}" in project.done("show", str(forked.id)).splitlines()
+
+
+def test_show_tells_that_a_flow_queues_for_a_slot(project: Project, store: SqlFlowStore) -> None:
+    queued = Flow(controller_id="orders/import", owner_session_key="ada")
+    assert store.run(op.create_flow, queued, {}, Drive("orders/import", limit_key="orders"))
+    assert not store.run(limits.admit, queued.id, limits.Bounds(at_once=0), 0, 5.0).has_slot
+
+    assert "queues for a slot\tsince 20" in project.done("show", str(queued.id))
+    assert json.loads(project.done("show", str(queued.id), "--json"))["queued_at"].startswith("20")
 
 
 # steer

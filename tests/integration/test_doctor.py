@@ -250,6 +250,33 @@ def test_work_that_is_published_and_never_claimed_is_found(bench: Bench) -> None
     assert found(bench, "no_consumer") == [f"1 rows wait on queue {bench.queue}; no worker answered for it"]
 
 
+def test_flows_that_queue_for_a_slot_for_long_are_a_notice(bench: Bench) -> None:
+    @bench.task("work")
+    def work() -> None: ...
+
+    @bench.flows.flow("limited", limit=Limit(1))
+    def limited(run: Run) -> None:
+        run.gather([work.s()])
+
+    holder, *others = (limited.start() for _ in range(3))
+    for handle in holder, *others:
+        bench.drive(handle.id)
+    assert found(bench, "queued") == []
+    with bench.store.engine.begin() as connection:
+        long_ago = op.now(connection) - timedelta(seconds=700)
+        queued = sa.update(flow_dispatch).where(flow_dispatch.c.queued_at.isnot(None))
+        connection.execute(queued.values(queued_at=long_ago))
+    (told,) = found(bench, "queued")
+    assert told.startswith("2 of 'limited', the first for 7")
+    others[0].pause()
+    (told,) = found(bench, "queued")
+    assert told.startswith("1 of 'limited'")
+    assert not KINDS["queued"].is_problem
+    others[0].unpause()
+    bench.work()
+    assert found(bench, "queued") == []
+
+
 def test_a_paused_flow_waits_for_nobody(bench: Bench) -> None:
     handle = begin(bench)
     bench.flows.manager.pause(handle.id)
@@ -335,26 +362,6 @@ def test_work_that_kills_its_workers_is_found_and_so_is_what_was_given_up(bench:
     assert found(bench, "lost") == [f"1 flows: {handle.id}"]
     backdate(bench, flows, "rest_at", days=2)
     assert found(bench, "lost") == []
-
-
-def test_flows_that_queue_for_a_slot_for_long_are_a_notice(bench: Bench) -> None:
-    @bench.task("work")
-    def work() -> None: ...
-
-    @bench.flows.flow("limited", limit=Limit(1))
-    def limited(run: Run) -> None:
-        run.step(work)
-
-    handles = [limited.start() for _ in range(3)]
-    for handle in handles:
-        bench.drive(handle.id)
-    assert found(bench, "queued") == []
-    with bench.store.engine.begin() as connection:
-        queued = sa.update(flow_dispatch).where(flow_dispatch.c.queued_at.isnot(None))
-        connection.execute(queued.values(queued_at=datetime.fromisoformat("2020-01-01T00:00:00+00:00")))
-    (about,) = found(bench, "queued")
-    assert about.startswith("2 of 'limited', the first for ")
-    bench.work()
 
 
 # ---- how it is told -------------------------------------------------------------------------------------------------

@@ -588,9 +588,6 @@ def test_the_key_is_of_the_input_as_the_flow_takes_it(bench: Bench) -> None:
     bench.work()
 
 
-# ---- what is told ---------------------------------------------------------------------------------------------------
-
-
 def test_unlimited_flows_know_nothing_of_it(bench: Bench) -> None:
     handle = calling(bench).start("x")
     assert bench.rows(handle.id)[0].limit_key is None
