@@ -14,7 +14,7 @@ from celery_flows.store import InvalidData
 from celery_flows.tasks.publish import DRIVE_TASK
 from celery_flows.tasks.testing.app import FlowApp
 from celery_flows.tasks.testing.clock import FlowClock
-from celery_flows.tasks.testing.crash import FlowCrash
+from celery_flows.tasks.testing.crash import FlowCrash, When
 from celery_flows.tasks.testing.databases import copy_template, open_for_tests
 from celery_flows.tasks.testing.history import assert_history, history
 from celery_flows.tasks.testing.inline import NotInline, run_inline
@@ -31,6 +31,7 @@ __all__ = [
     "NotInline",
     "Spins",
     "Stuck",
+    "When",
     "assert_history",
     "copy_template",
     "history",

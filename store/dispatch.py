@@ -16,7 +16,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy import Connection, case
 
-from celery_flows.store.changes import Change, Completion, End, Holder, Park
+from celery_flows.store.changes import Change, Completion, Drive, End, Holder, Park
 from celery_flows.store.errors import LeaseLost
 from celery_flows.store.models import Flow, FlowStep, FlowStepStatus, new_id
 from celery_flows.store.operations import change_flow, dialect, list_steps, lock_flow, now, reads, writes, writes_once
@@ -92,6 +92,11 @@ class Hint:
     queue: str | None
     priority: int | None = None
     options: dict[str, Any] | None = None
+
+
+def drive_hint(flow_id: UUID, drive: Drive) -> Hint:
+    """The message that calls a worker to a new flow."""
+    return Hint(str(flow_id), flow_id, "drive", drive.task, drive.queue, drive.priority)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,9 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
-from sqlalchemy.dialects import postgresql, sqlite
 
 from celery_flows.store.models import OPEN, FlowStatus
-from celery_flows.store.operations import now, reads, writes
+from celery_flows.store.operations import insert_into, now, reads, writes
 from celery_flows.store.tables import UtcDateTime, flow_dispatch, flow_heartbeats, flow_steps, flows
 
 _d = flow_dispatch.c
@@ -45,8 +44,7 @@ class Heartbeat:
 def record_heartbeat(conn: Connection, name: str, every_seconds: float, report: dict[str, Any]) -> None:
     """Says that this chore has been done just now, whoever did it."""
     row = {"at": now(conn), "every_seconds": every_seconds, "report": report}
-    insert = postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert
-    beat = insert(flow_heartbeats).values(name=name, **row)
+    beat = insert_into(conn, flow_heartbeats).values(name=name, **row)
     conn.execute(beat.on_conflict_do_update(index_elements=["name"], set_=row))
 
 

@@ -19,11 +19,10 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
-from sqlalchemy.dialects import postgresql, sqlite
 
 from celery_flows.store.dispatch import Hint, is_claimable
 from celery_flows.store.models import TERMINAL
-from celery_flows.store.operations import lock_flow, now, reads, writes, writes_once
+from celery_flows.store.operations import insert_into, lock_flow, now, reads, writes, writes_once
 from celery_flows.store.tables import UtcDateTime, flow_dispatch, flow_limits, flows
 
 _d, _l = flow_dispatch.c, flow_limits.c
@@ -138,8 +137,7 @@ def settle(conn: Connection, key: str, definition: str, bounds: Bounds, first_pa
 
 def _lock(conn: Connection, key: str, definition: str) -> list[float]:
     """Takes the limit's row, which is made if it is not there; gives when flows were let begin."""
-    insert = postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert
-    made = insert(flow_limits).values(key=key, definition=definition, due_at=NEVER_YET, recent_starts=[])
+    made = insert_into(conn, flow_limits).values(key=key, definition=definition, due_at=NEVER_YET, recent_starts=[])
     locked = made.on_conflict_do_update(index_elements=["key"], set_={"definition": definition})
     starts: list[float] = conn.execute(locked.returning(_l.recent_starts)).scalar_one()
     return starts

@@ -72,6 +72,11 @@ def dialect(conn: Connection) -> ModuleType:
     return postgresql if conn.dialect.name == "postgresql" else sqlite
 
 
+def insert_into(conn: Connection, table: sa.Table) -> Any:
+    """An INSERT that may say what a conflict comes to: both databases have it, each in a class of its own."""
+    return dialect(conn).insert(table)
+
+
 # ---- flows ----------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import insert as insert
 
 from celery_flows.store.changes import ORDER, Change, Completion, Drive, End, NewFlow, Park, Settle, Wake
 from celery_flows.store.models import Flow, FlowStep

@@ -14,11 +14,10 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
-from sqlalchemy.dialects import postgresql, sqlite
 
 from celery_flows.store.changes import Drive
 from celery_flows.store.models import Flow
-from celery_flows.store.operations import create_flow, find_by_key, get_flow, now, reads, writes
+from celery_flows.store.operations import create_flow, find_by_key, get_flow, insert_into, now, reads, writes
 from celery_flows.store.tables import flow_heartbeats
 
 _h = flow_heartbeats.c
@@ -93,8 +92,7 @@ def _slot(row: Mapping[str, Any] | None) -> datetime | None:
 
 
 def _locked(conn: Connection, name: str) -> Mapping[str, Any]:
-    insert = postgresql.insert if conn.dialect.name == "postgresql" else sqlite.insert
-    first = insert(flow_heartbeats).values(name=name, at=now(conn), every_seconds=0.0, report={})
+    first = insert_into(conn, flow_heartbeats).values(name=name, at=now(conn), every_seconds=0.0, report={})
     conn.execute(first.on_conflict_do_nothing())
     return _row(conn, name, lock=True) or {}
 

@@ -18,6 +18,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, and_, case, event, func, literal, or_, true
+from sqlalchemy.dialects.sqlite import insert as insert
 
 from celery_flows.store.backoff import full_jitter
 from celery_flows.store.changes import (

@@ -26,7 +26,7 @@ from celery_flows.store import (
     transitions,
 )
 from celery_flows.store import operations as op
-from celery_flows.store.changes import Change, Drive, End, Join, Member, Park, StepWrite, Successor
+from celery_flows.store.changes import Change, End, Join, Member, Park, StepWrite, Successor
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.waits import ExternalEventWait, TimerWait, event_key, wait_json
@@ -192,15 +192,14 @@ class Driver(Telling):
         )
         if self.open_members:
             self.settle_members()
-        limit_key = definition.limit_key(flow.input_json)
-        drive = Drive(definition.name, definition.queue, first_pause=self.runtime.first_pause, limit_key=limit_key)
+        drive = definition.drive_row(definition.limit_key(flow.input_json))
         columns = {"status": FlowStatus.FINISHED, "wait_json": None, "idempotency_key": None, "continued_as": flow.id}
         with self.unwinding():
             self.write(
                 lambda: ("continued", columns), drive=End(), successor=Successor(flow, drive), illegal_after_cancel=True
             )
         self.is_over = True
-        self.runtime.publisher.publish(dispatch.Hint(str(flow.id), flow.id, "drive", definition.name, definition.queue))
+        self.runtime.publisher.publish(dispatch.drive_hint(flow.id, drive))
         raise Suspended
 
     def update_state(self, place: Place, patch: Mapping[str, Any], args: str | None) -> None:

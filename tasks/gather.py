@@ -213,25 +213,29 @@ class Gather:
         return enough, (enough - 1 if left else out) if self._how.collects_failures else 0
 
     def _member(self, n: int) -> Member:
-        work, place, cleanup = self._works[n], self._places[n], self._replay.cleaning
+        work, place = self._works[n], self._places[n]
         assert place is not None
         if isinstance(work, Awaited):
             self._replay.refuse_in_cleanup(place.name)
-            member = child_member(self._driver.flow, place, awaiting(self._driver, work), None, cleanup=cleanup)
-            return replace(member, queue=self._driver.queue)  # whose workers know our code
+            return replace(
+                self._child(place, awaiting(self._driver, work)), queue=self._driver.queue
+            )  # it knows our code
         if isinstance(work, ChildFlow):
-            if self._options.retry is not None:
-                raise InvalidData("step retry", "is not of child flows: their own steps are tried again")
-            check_depth(self._driver.lineage, work.definition.name)
-            timeout = self._options.timeout or work.definition.timeout
-            deadline = None if timeout is None else self._driver.now() + timeout
-            return child_member(self._driver.flow, place, work, deadline, cleanup=cleanup)
+            return self._child(place, work)
         assert isinstance(work, Signature)
         options = self._options.over(options_of(_function(self._driver.app, work))).over(self._driver.defaults)
         return member_of(
-            self._driver.app, place, work, options, self._driver.max_payload_bytes, cleanup=cleanup,
+            self._driver.app, place, work, options, self._driver.max_payload_bytes, cleanup=self._replay.cleaning,
             undoing=self._replay.undoing,
         )  # fmt: skip
+
+    def _child(self, place: Place, child: ChildFlow[Any]) -> Member:
+        if self._options.retry is not None:
+            raise InvalidData("step retry", "is not of child flows: their own steps are tried again")
+        check_depth(self._driver.lineage, child.definition.name)
+        timeout = self._options.timeout or child.definition.timeout
+        deadline = None if timeout is None else self._driver.now() + timeout
+        return child_member(self._driver.flow, place, child, deadline, cleanup=self._replay.cleaning)
 
 
 def is_remote(work: Work) -> TypeGuard[Remote]:

@@ -16,8 +16,7 @@ from celery_flows.store import (
     taking_over,
 )
 from celery_flows.store import operations as op
-from celery_flows.store.changes import Drive
-from celery_flows.store.dispatch import Hint
+from celery_flows.store.dispatch import drive_hint
 from celery_flows.store.errors import IllegalTransition
 from celery_flows.store.models import FlowMode
 from celery_flows.store.script import Call
@@ -92,10 +91,8 @@ def _begin(
         deadline_at=None if definition.timeout is None else store.run(op.now) + definition.timeout,
         forked_from=old.id,
     )
-    limit_key = definition.limit_key(flow.input_json)
-    drive = Drive(definition.name, definition.queue, definition.priority, runtime.first_pause, limit_key=limit_key)
+    drive = definition.drive_row(definition.limit_key(flow.input_json))
     call = Call(taking_over.create_taking_over, (flow, drive, taken_over(origin, steps, flow.id, state)))
     store.attempt(call, settled=Call(op.find_created, (flow,)))
-    hint = Hint(str(flow.id), flow.id, "drive", drive.task, drive.queue, drive.priority)
-    once_committed(caller, lambda: runtime.publisher.publish(hint))
+    once_committed(caller, lambda: runtime.publisher.publish(drive_hint(flow.id, drive)))
     return flow.id

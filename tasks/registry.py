@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+from celery_flows.store.changes import Drive
 from celery_flows.store.errors import InvalidData
 from celery_flows.store.validation import MAX_PAYLOAD_BYTES, check_name, check_priority
 from celery_flows.tasks.children import ChildFlow
@@ -156,6 +157,10 @@ class FlowDefinition(AsyncStarts[In, Out]):
         if input is not None:
             raise InvalidData("input", f"flow {self.name!r} takes none")
         return None
+
+    def drive_row(self, limit_key: str | None) -> Drive:
+        """The drive row of a new flow, which begins as soon as it can."""
+        return Drive(self.name, self.queue, self.priority, self._runtime.first_pause, limit_key=limit_key)
 
     def limit_key(self, encoded: Any) -> str | None:
         """What a flow with this input, as stored, shares its limit with; None: it has no limit.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from celery_flows.store import Flow, FlowError, schedules
 from celery_flows.store import operations as op
 from celery_flows.store.changes import Drive
-from celery_flows.store.dispatch import Hint
+from celery_flows.store.dispatch import drive_hint
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.schedule import ON_TIME_SECONDS, Schedule
 
@@ -56,14 +55,12 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
             idempotency_key=f"slot {slot.isoformat()}",
             input_json=definition.encoded_input(slot if definition.takes_input else None),
         )
-        return flow, replace(drive, limit_key=definition.limit_key(flow.input_json))
+        return flow, definition.drive_row(definition.limit_key(flow.input_json))
 
-    drive = Drive(definition.name, definition.queue, definition.priority, runtime.first_pause)
     seen = runtime.store.run(schedules.start_due, row_of(definition), due, flow_at, schedule.overlap)
     for slot in seen.skipped:
         log.warning("flow %r skips its slot %s: the one before is still open", definition.name, slot.isoformat())
-    hints = [Hint(str(each), each, "drive", drive.task, drive.queue, drive.priority) for each in seen.started]
-    runtime.publisher.publish(*hints)
+    runtime.publisher.publish(*(drive_hint(each, definition.drive_row(None)) for each in seen.started))
     return len(seen.started) + len(seen.held_back)
 
 

@@ -11,7 +11,7 @@ from celery_flows.store import Flow, FlowNotFound, InvalidData, KeyConflict, Sql
 from celery_flows.store import operations as op
 from celery_flows.store.changes import Drive
 from celery_flows.store.clock import as_utc
-from celery_flows.store.dispatch import Hint
+from celery_flows.store.dispatch import drive_hint
 from celery_flows.store.script import LOCK_NOT_AVAILABLE, Call
 from celery_flows.store.validation import check_priority
 from celery_flows.tasks.handle import FlowHandle
@@ -49,9 +49,7 @@ def start(
     caller = None if session is None else transaction_of(session)
     store = runtime.store if caller is None else runtime.store.using(caller)
     encoded = definition.encoded_input(input)
-    limit_key = definition.limit_key(encoded)
-    drive, told = drive_row(runtime, store, definition, options)
-    drive = replace(drive, limit_key=limit_key)
+    drive, told = drive_row(runtime, store, definition, options, definition.limit_key(encoded))
     flow = Flow(
         controller_id=definition.name,
         definition_version=definition.version,
@@ -72,21 +70,25 @@ def start(
         assert key is not None
         return FlowHandle(runtime, _existing(store, flow, key).id, definition)
     if drive.published:
-        hint = Hint(str(flow.id), flow.id, "drive", drive.task, drive.queue, drive.priority)
-        once_committed(caller, lambda: runtime.publisher.publish(hint))
+        once_committed(caller, lambda: runtime.publisher.publish(drive_hint(flow.id, drive)))
     return FlowHandle(runtime, flow.id, definition)
 
 
 def drive_row(
-    runtime: Runtime, store: SqlFlowStore, definition: FlowDefinition[Any, Any], options: Options
+    runtime: Runtime,
+    store: SqlFlowStore,
+    definition: FlowDefinition[Any, Any],
+    options: Options,
+    limit_key: str | None = None,
 ) -> tuple[Drive, dict[str, Any]]:
     """The drive row of a new flow, and what its first event tells of a delay.
 
     Raises:
         InvalidData: the priority or the delay is none, or lies past ``flow_timer_horizon_days``.
     """
-    priority = definition.priority if options.priority is None else check_priority(options.priority)
-    row = Drive(definition.name, definition.queue, priority, runtime.first_pause)
+    row = definition.drive_row(limit_key)
+    if options.priority is not None:
+        row = replace(row, priority=check_priority(options.priority))
     if options.countdown is not None and options.eta is not None:
         raise InvalidData("eta", "cannot be given together with countdown")
     if (seconds := _seconds(options.countdown)) > 0:

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from celery_flows.store import Flow, InvalidData, StartPending, StoreError, starts
 from celery_flows.store.changes import Drive, NewFlow
-from celery_flows.store.dispatch import Hint
+from celery_flows.store.dispatch import drive_hint
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.validation import check_name
@@ -133,7 +133,7 @@ def start_many(
         if keyed and lock_timed_out(error):
             raise StartPending(definition.name, None) from error
         raise
-    hints = [_hint(each) for each in new if there[each.id] == each.id and each.drive.published]
+    hints = [drive_hint(each.id, each.drive) for each in new if there[each.id] == each.id and each.drive.published]
     # For as long as one may take; what is left over, the sweep sends.
     seconds = runtime.settings.publish_timeout_seconds
     once_committed(caller, lambda: runtime.publisher.publish(*hints, within_seconds=seconds))
@@ -145,8 +145,3 @@ def _drives(called: Drive, wanted: Wanted) -> list[Drive]:
     number = CALLED_AT_ONCE if called.published else len(wanted.items)
     rows = (called if index < number else due_now for index in range(len(wanted.items)))
     return [replace(row, limit_key=key) for row, key in zip(rows, wanted.limit_keys, strict=True)]
-
-
-def _hint(new: NewFlow) -> Hint:
-    drive = new.drive
-    return Hint(str(new.id), new.id, "drive", drive.task, drive.queue, drive.priority)

@@ -277,7 +277,7 @@ def _status(status: FlowStatus | str) -> FlowStatus:
     try:
         return FlowStatus(status)
     except ValueError:
-        raise InvalidData("status", f"is one of {', '.join(FlowStatus)}") from None
+        raise InvalidData("status", f"must be one of {', '.join(FlowStatus)}") from None
 
 
 class _Define:

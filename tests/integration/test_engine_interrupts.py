@@ -166,10 +166,17 @@ def test_a_process_that_shares_nothing_is_not_interrupted() -> None:
 Body = Callable[[Callable[[], None]], None]
 
 
+# SQLite has one writer: while a transaction runs there, nobody can ask for a cancel.
+on_each_database = pytest.mark.parametrize(
+    ("engine_database", "kind"),
+    [(database, kind) for database in ("sqlite", "postgresql") for kind in ("inline", "celery", "transaction")
+     if (database, kind) != ("sqlite", "transaction")],
+    indirect=["engine_database"],
+)  # fmt: skip
+
+
 def flow_with(bench: Bench, kind: str, body: Callable[[str], str]) -> Any:
     """A flow whose one step, of this kind, does this; it cleans up."""
-    if kind == "transaction" and bench.store.engine.dialect.name == "sqlite":
-        pytest.skip("SQLite has one writer: while this transaction runs nobody can ask for a cancel")
     task = bench.task("body")(body)
 
     def in_transaction(session: Session, flow_id: str) -> str:
@@ -190,7 +197,7 @@ def flow_with(bench: Bench, kind: str, body: Callable[[str], str]) -> Any:
     return struck
 
 
-@pytest.mark.parametrize("kind", ["inline", "celery", "transaction"])
+@on_each_database
 def test_an_interrupted_attempt_of_a_cancelled_flow_has_no_outcome(bench: Bench, kind: str) -> None:
     def body(flow_id: str) -> str:
         bench.effects.append("began")
@@ -209,7 +216,7 @@ def test_an_interrupted_attempt_of_a_cancelled_flow_has_no_outcome(bench: Bench,
     assert not sa.inspect(bench.store.engine).has_table("struck")
 
 
-@pytest.mark.parametrize("kind", ["inline", "celery", "transaction"])
+@on_each_database
 def test_an_interrupt_that_was_meant_for_another_costs_nothing(bench: Bench, kind: str) -> None:
     """The attempt is made again, and none of the step's attempts are used up."""
 
@@ -382,7 +389,7 @@ def parent(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Parent:
     return Parent(bench, monkeypatch)
 
 
-@pytest.mark.parametrize("kind", ["inline", "celery", "transaction"])
+@on_each_database
 def test_a_parent_interrupts_what_runs_of_a_cancelled_flow_and_nothing_else(
     bench: Bench, parent: Parent, kind: str
 ) -> None:

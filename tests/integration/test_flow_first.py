@@ -9,7 +9,19 @@ from uuid import UUID
 import pytest
 import sqlalchemy as sa
 
-from celery_flows import Approval, Decision, Event, FlowCancelled, FlowFailed, FlowStatus, InvalidData, Run, Timer
+from celery_flows import (
+    Approval,
+    Decision,
+    Event,
+    FlowCancelled,
+    FlowFailed,
+    FlowStatus,
+    InvalidData,
+    Retry,
+    Run,
+    StepFailed,
+    Timer,
+)
 from celery_flows.store.tables import flow_dispatch, flow_inbox, flows
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
@@ -258,3 +270,21 @@ def test_a_timer_past_the_horizon_is_refused(make_bench: MakeBench) -> None:
 
     with pytest.raises(FlowFailed, match="more than 10 days away"):
         bench.finish(waits.start())
+
+
+def test_options_hold_for_what_is_waited_for_as_for_child_flows(bench: Bench) -> None:
+    @bench.flows.flow("in time")
+    def in_time(run: Run) -> str:
+        try:
+            run.options(timeout=timedelta(milliseconds=200)).gather([Event("paid", "o1")])
+        except StepFailed as failed:
+            return failed.type
+        return ""
+
+    @bench.flows.flow("again")
+    def again(run: Run) -> Any:
+        return run.options(retry=Retry(max_attempts=2)).first([Event("paid", "o1"), Timer(HOUR)]).value
+
+    assert bench.finish(in_time.start()) == "FlowTimedOut"
+    with pytest.raises(FlowFailed, match="retry: is not of child flows"):
+        bench.finish(again.start())

@@ -157,3 +157,16 @@ def test_no_life_is_lost_or_lived_twice_under_a_fault_at_every_call(make_bench: 
     else:
         raise AssertionError(f"the flow makes more than {MOST_CALLS} calls: {struck}")
     assert {"create_flow", "claim_drive", "change_and_continue", "change_flow"} <= set(struck)
+
+
+def test_who_goes_on_has_the_priority_of_the_definition(bench: Bench) -> None:
+    @bench.flows.flow("counts", priority=7)
+    def counts(run: Run, number: int) -> None:
+        if number == 0:
+            run.restart_as(1)
+
+    handle = counts.start(0)
+    bench.drive(handle.id)
+    [_, after] = lives(bench, handle.id)
+    assert [row.priority for row in bench.rows(after.id)] == [7]
+    bench.work()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from celery_flows import AlreadyTerminal
-from celery_flows.tasks.testing.crash import When
-from celery_flows.testing import FlowApp, FlowClock, FlowCrash
+from celery_flows.testing import FlowApp, FlowClock, FlowCrash, When
 from tests.scenarios.expense import PEOPLE, Expense, claim
 from tests.scenarios.outside import Outside
 

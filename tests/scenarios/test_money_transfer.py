@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from celery_flows import FlowFailed
-from celery_flows.tasks.testing.crash import When
-from celery_flows.testing import FlowApp, FlowCrash, assert_history
+from celery_flows.testing import FlowApp, FlowCrash, When, assert_history
 from tests.scenarios.money_transfer import Transfer, transfer
 from tests.scenarios.outside import Outside
 

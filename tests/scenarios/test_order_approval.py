@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from celery_flows import FlowStatus
-from celery_flows.tasks.testing.crash import When
-from celery_flows.testing import FlowApp, FlowClock, FlowCrash
+from celery_flows.testing import FlowApp, FlowClock, FlowCrash, When
 from tests.scenarios.order_approval import place
 from tests.scenarios.outside import Outside
 

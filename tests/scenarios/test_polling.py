@@ -7,8 +7,7 @@ from datetime import timedelta
 import pytest
 
 from celery_flows import FlowFailed
-from celery_flows.tasks.testing.crash import When
-from celery_flows.testing import FlowApp, FlowClock, FlowCrash
+from celery_flows.testing import FlowApp, FlowClock, FlowCrash, When
 from tests.scenarios.outside import Outside
 from tests.scenarios.polling import export
 

@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 
 from celery_flows import FlowStatus
-from celery_flows.tasks.testing.crash import When
-from celery_flows.testing import FlowApp, FlowClock, FlowCrash, FlowMessages
+from celery_flows.testing import FlowApp, FlowClock, FlowCrash, FlowMessages, When
 from tests.scenarios.outside import Outside
 from tests.scenarios.sliding_window import AT_ONCE, flows, frame_all, print_all
 

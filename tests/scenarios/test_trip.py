@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from celery_flows import FlowFailed
-from celery_flows.tasks.testing.crash import When
-from celery_flows.testing import FlowApp, FlowCrash, history
+from celery_flows.testing import FlowApp, FlowCrash, When, history
 from tests.scenarios.outside import Outside
 from tests.scenarios.trip import book_trip
 

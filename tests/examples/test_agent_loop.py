@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from celery_flows import FlowHandle, Flows, FlowStatus, SqlFlowStore
-from celery_flows.store import audit
-from celery_flows.store.engines import make_engine
+from celery_flows import FlowHandle, Flows, FlowStatus
 from celery_flows.testing import FlowApp, FlowClock, FlowCrash
 from examples.agent_loop import app as agent
 from examples.agent_loop.__main__ import latest
@@ -20,15 +16,6 @@ LIST, DELETE = "examples.agent_loop.app.list_files", "examples.agent_loop.app.de
 @pytest.fixture
 def flow_celery_app() -> Flows:
     return flows
-
-
-@pytest.fixture
-def flow_store_url(database_url: str) -> Iterator[str]:
-    """Over each database. Whatever became of them, the events of every flow give its rows back."""
-    yield database_url
-    store = SqlFlowStore(make_engine(database_url))
-    assert [str(finding) for finding in audit.verify(store)] == []
-    store.close()
 
 
 def begin() -> FlowHandle[str]:

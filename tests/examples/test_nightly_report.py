@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
 
-from celery_flows import Flows, SqlFlowStore
-from celery_flows.store import audit
-from celery_flows.store.engines import make_engine
+from celery_flows import Flows
 from celery_flows.store.tables import flows as table
 from celery_flows.testing import FlowApp, FlowClock, FlowCrash
 from examples.nightly_report.app import app, flows, nightly
@@ -21,15 +18,6 @@ MARCH_28 = datetime(2099, 3, 28, 1, 0, tzinfo=UTC)  # two in the morning in Berl
 @pytest.fixture
 def flow_celery_app() -> Flows:
     return flows
-
-
-@pytest.fixture
-def flow_store_url(database_url: str) -> Iterator[str]:
-    """Over each database. Whatever became of them, the events of every flow give its rows back."""
-    yield database_url
-    store = SqlFlowStore(make_engine(database_url))
-    assert [str(finding) for finding in audit.verify(store)] == []
-    store.close()
 
 
 def look(flow_app: FlowApp, *, slots: int) -> list[str]:

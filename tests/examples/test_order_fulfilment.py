@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
 
-from celery_flows import FlowCancelled, FlowFailed, FlowHandle, Flows, FlowStatus, SqlFlowStore
-from celery_flows.store import audit
-from celery_flows.store.engines import make_engine
+from celery_flows import FlowCancelled, FlowFailed, FlowHandle, Flows, FlowStatus
 from celery_flows.testing import FlowApp, FlowClock, FlowCrash, FlowMessages
 from examples.order_fulfilment.app import Line, Order, flows, fulfil
 
@@ -19,15 +16,6 @@ TASKS = "examples.order_fulfilment.app"
 @pytest.fixture
 def flow_celery_app() -> Flows:
     return flows
-
-
-@pytest.fixture
-def flow_store_url(database_url: str) -> Iterator[str]:
-    """Over each database. Whatever became of them, the events of every flow give its rows back."""
-    yield database_url
-    store = SqlFlowStore(make_engine(database_url))
-    assert [str(finding) for finding in audit.verify(store)] == []
-    store.close()
 
 
 def order(*articles: str, cents: int = 1200) -> FlowHandle[list[str]]:

@@ -1,0 +1,1 @@
+"""The examples' flows, in process; tests/acceptance runs the examples themselves."""
