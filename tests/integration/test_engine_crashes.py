@@ -21,7 +21,7 @@ from tests.support.bench import Bench
 from tests.support.faults import Died, MortalStore, Strikes
 from tests.support.waiting import until
 
-MOMENT = timedelta(milliseconds=1)
+MOMENT = timedelta(milliseconds=25)  # long enough not to have passed when the flow is about to wait for it
 MOST_CALLS = 100  # a scenario that makes more calls than this is not covered to its end
 
 
