@@ -86,7 +86,7 @@ def test_the_same_from_asyncio(flows: Flows, made: list[Flow]) -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"status": "done"}, "status: is one of created, running, "),
+        ({"status": "done"}, "status: must be one of created, running, "),
         ({"created_after": datetime(2026, 5, 1)}, "created_after: "),  # noqa: DTZ001
         ({"created_before": datetime(2026, 5, 1)}, "created_before: "),  # noqa: DTZ001
         ({"limit": 0}, "limit: must be a whole number from 1"),
