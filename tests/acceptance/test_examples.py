@@ -21,7 +21,8 @@ def test_two_orders_are_sent_and_one_is_undone() -> None:
     assert why.startswith("order-3 is undone: ")
     assert "no courier carries a piano" in why
     assert (reserved, charged) == ("reserve: succeeded", "charge: succeeded")
-    assert chair.removeprefix("orders/send parcel: ") in {"succeeded", "cancelled"}  # by who came first
+    # The chair may be sent before the piano fails; or its flow is cancelled then, before or after its parent is told.
+    assert chair.removeprefix("orders/send parcel: ") in {"succeeded", "cancelled", "failed"}
     assert piano == "orders/send parcel: failed"
     assert (recalled, refunded, released) == ("recall: succeeded", "refund: succeeded", "release: succeeded")
 
