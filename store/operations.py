@@ -550,7 +550,16 @@ PRUNE_BATCH = 500
 def prune_batch(conn: Connection, retain_days: int, batch: int = PRUNE_BATCH) -> int:
     """Deletes at most ``batch`` flows that ended more than ``retain_days`` days ago, steps and events with them.
 
-    A child whose parent is open is kept. ``finished_at`` equals the last ``updated_at`` of a terminal row.
+    Raises:
+        InvalidData: for a negative number of days.
+    """
+    ended = prunable(conn, retain_days).order_by(flows.c.finished_at).limit(batch).with_for_update(skip_locked=True)
+    return conn.execute(sa.delete(flows).where(flows.c.id.in_(ended.scalar_subquery()))).rowcount
+
+
+def prunable(conn: Connection, retain_days: int) -> sa.Select[Any]:
+    """The ids of flows that ended more than ``retain_days`` days ago. A child whose parent is open is kept.
+    ``finished_at`` equals the last ``updated_at`` of a terminal row.
 
     Raises:
         InvalidData: for a negative number of days.
@@ -560,17 +569,11 @@ def prune_batch(conn: Connection, retain_days: int, batch: int = PRUNE_BATCH) ->
     try:
         before = now(conn) - timedelta(days=retain_days)
     except OverflowError:  # for ever
-        return 0
+        return sa.select(flows.c.id).where(sa.false())
     parent = flows.alias("parent")
     open_parent = sa.exists().where(parent.c.id == flows.c.parent_flow_id, parent.c.finished_at.is_(None))
-    ended = (
-        sa.select(flows.c.id)
-        .where(flows.c.finished_at < before, flows.c.status.in_(TERMINAL), ~open_parent)
-        .order_by(flows.c.finished_at)
-        .limit(batch)
-        .with_for_update(skip_locked=True)
-    )
-    return conn.execute(sa.delete(flows).where(flows.c.id.in_(ended.scalar_subquery()))).rowcount
+    ended = flows.c.finished_at < sa.literal(before, UtcDateTime())
+    return sa.select(flows.c.id).where(ended, flows.c.status.in_(TERMINAL), ~open_parent)
 
 
 @reads

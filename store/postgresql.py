@@ -496,6 +496,13 @@ def observe(conn: Connection, step: FlowStep, write_id: UUID | None) -> Row | No
     return conn.execute(_OBSERVE, values).mappings().first()
 
 
+def planned_rows(conn: Connection, query: sa.Select[Any]) -> int | None:
+    """How many rows the planner expects a query to give, by the statistics of the last ANALYZE."""
+    text = query.compile(dialect=conn.dialect, compile_kwargs={"literal_binds": True})
+    (plan,) = conn.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {text}").scalar_one()
+    return int(plan["Plan"]["Plan Rows"])
+
+
 # ---- engines --------------------------------------------------------------------------------------------------------
 
 # Bounds on everything that could otherwise hang: a dead server, a held lock, a stopped process inside a transaction.

@@ -554,6 +554,11 @@ def observe(conn: Connection, step: FlowStep, write_id: UUID | None) -> Row | No
     return row
 
 
+def planned_rows(conn: Connection, query: sa.Select[Any]) -> int | None:
+    """Nothing: SQLite expects no number of rows."""
+    return None
+
+
 # ---- engines --------------------------------------------------------------------------------------------------------
 
 BUSY_TIMEOUT_MS = 10_000

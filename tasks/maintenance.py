@@ -4,6 +4,7 @@ they did. Each leaves a heartbeat, by which it is known that somebody does it.""
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
@@ -123,14 +124,15 @@ def _hand_over_event(runtime: Runtime, event_id: str) -> int:
     return handed
 
 
-def prune(runtime: Runtime, retain_days: int | None = None) -> int:
+def prune(runtime: Runtime, retain_days: int | None = None, progress: Callable[[int], object] = lambda _: None) -> int:
     """Deletes terminal flows past their retention, in bounded batches; says how many. None: ``flow_retain_days``.
+    ``progress`` is told after each batch how many are gone.
 
     Raises:
         InvalidData: for a negative number.
     """
     days = runtime.settings.retain_days if retain_days is None else retain_days
-    pruned = runtime.store.prune_terminal_flows(days)
+    pruned = runtime.store.prune_terminal_flows(days, progress)
     runtime.store.run(limits.prune)
     log.info("pruned %d flows that ended more than %d days ago", pruned, days)
     heartbeat(runtime, PRUNE, DAY_SECONDS, pruned=pruned)

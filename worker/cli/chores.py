@@ -1,0 +1,93 @@
+"""``flow sweep``, ``prune`` and ``verify``: the chores, done by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import click
+
+from celery_flows.store import audit, statistics
+from celery_flows.tasks import maintenance
+from celery_flows.worker import output
+from celery_flows.worker.cli import shapes
+from celery_flows.worker.cli.arguments import FlowId, Moment, resolved, say_yes
+from celery_flows.worker.cli.command import command
+from celery_flows.worker.cli.confirm import confirm
+from celery_flows.worker.cli.progress import progress
+from celery_flows.worker.flows import Flows
+
+
+@command(prints=shapes.Swept)
+def sweep(flows: Flows, as_json: bool) -> None:
+    """Looks once for due work, as workers do all the time."""
+    counts = asdict(maintenance.sweep(flows.runtime))
+    output.show_json(counts) if as_json else output.show_table("", list(counts), [list(counts.values())])
+
+
+@command(prints=shapes.Pruned)
+@click.option("--retain-days", type=click.IntRange(0, 36_500), help="Default: flow_retain_days.")
+@click.option("--dry-run", is_flag=True, help="Delete nothing; count what would go, up to 10,000.")
+@say_yes("deleting")
+def prune(flows: Flows, retain_days: int | None, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Deletes ended flows that are past their retention.
+
+    Their steps and events go with them.
+    """
+    days = flows.settings.retain_days if retain_days is None else retain_days
+    count = None if yes and not dry_run else flows.store.run(statistics.count_prunable, days)
+    told: dict[str, Any] = {"retain_days": days, "pruned": 0}
+    if dry_run:
+        told["would_prune"] = asdict(count) if count else None
+        line = f"{count} flows would be pruned: they ended more than {days} days ago"
+    else:
+        confirm(f"This deletes {count} flows that ended more than {days} days ago, with their histories", yes=yes)
+        with progress("pruning", count.number if count else None) as progressed:
+            told["pruned"] = maintenance.prune(flows.runtime, days, progressed)
+        line = f"{told['pruned']} flows pruned"
+    output.show_json(told) if as_json else click.echo(line)
+
+
+@command(prints=shapes.Verified)
+@click.argument("flow_ids", type=FlowId(), nargs=-1)
+@click.option("--since", type=Moment(ago=True), help="Only flows updated since then, in UTC, or so long ago: 2h.")
+def verify(flows: Flows, flow_ids: tuple[UUID, ...], since: datetime | timedelta | None, as_json: bool) -> None:
+    """Proves that histories are whole.
+
+    Folds each flow's events and compares with its rows; those named, or all. Exit code 1 if anything is not as it must be.
+    """
+    looked_at = 0
+
+    def counted(tell: Callable[[int], None]) -> Callable[[int], None]:
+        def count(number: int) -> None:
+            nonlocal looked_at
+            looked_at = number
+            tell(number)
+
+        return count
+
+    found = []
+    with progress("verifying", _total(flows, flow_ids, since)) as told:
+        after = resolved(flows, since)
+        for finding in audit.verify(flows.store, list(flow_ids) or None, since=after, progress=counted(told)):
+            found.append(finding)
+            if not as_json:
+                click.echo(str(finding))
+    if as_json:
+        findings = [{"flow_id": f.flow_id, "kind": f.kind, "about": f.about} for f in found]
+        output.show_json({"flows": looked_at, "findings": findings})
+    else:
+        click.echo(f"{looked_at} flows, {len(found)} findings")
+    if found:
+        raise click.exceptions.Exit(1)
+
+
+def _total(flows: Flows, flow_ids: tuple[UUID, ...], since: object) -> int | None:
+    """How many flows there are to look at, if that is known, or can be guessed."""
+    if flow_ids:
+        return len(flow_ids)
+    count = None if since is not None else flows.store.run(statistics.count_flows)
+    return None if count is None or count.precision == "at least" else count.number

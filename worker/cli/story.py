@@ -1,0 +1,212 @@
+"""A flow told: its records as JSON and as rows, and in words what happened, what it waits for, and who is at it.
+
+Payloads (input, state, results, arguments, what events carry) are left out unless they are asked for: what is on a
+screen is copied into tickets and chats. Names, ids, times and errors are told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from celery_flows.store import Flow, FlowEvent, FlowStep
+from celery_flows.store.models import FlowMode
+from celery_flows.store.views import Dispatched
+from celery_flows.worker.output import moment
+
+PAYLOADS = frozenset({"input_json", "state_json", "result_json", "args_json", "payload_json"})
+
+FLOW_COLUMNS = ("id", "flow", "status", "step", "owner", "updated")
+STEP_COLUMNS = ("#", "step", "status", "attempt", "began", "took", "error")
+EVENT_COLUMNS = ("at", "revision", "event", "about")
+WORK_COLUMNS = ("work", "name", "queue", "is", "crashes")
+SHOWN_CHARACTERS = 200
+
+
+# ---- as JSON --------------------------------------------------------------------------------------------------------
+
+
+def flow_json(flow: Flow, *, payloads: bool = False) -> dict[str, Any]:
+    """A flow as programs are told of it."""
+    return _record(flow, payloads)
+
+
+def step_json(step: FlowStep, *, payloads: bool = False) -> dict[str, Any]:
+    """A step as programs are told of it."""
+    return _record(step, payloads)
+
+
+def event_json(event: FlowEvent, step: str | None, *, payloads: bool = False) -> dict[str, Any]:
+    """An event as programs are told of it, with the name of the step that it is about."""
+    told = {"run_id": event.payload_json.get("run_id"), "step": step, "about": about(event, step)}
+    return {**_record(event, payloads), **told}
+
+
+def work_json(work: Dispatched, default_queue: str) -> dict[str, Any]:
+    """A row of ``flow_dispatch`` as programs are told of it."""
+    fields = {name: getattr(work, name) for name in Dispatched.__slots__}
+    return {**fields, "queue": work.queue or default_queue}
+
+
+def _record(record: Flow | FlowStep | FlowEvent, payloads: bool) -> dict[str, Any]:
+    return record.model_dump(mode="json", exclude=None if payloads else set(PAYLOADS))
+
+
+# ---- as rows --------------------------------------------------------------------------------------------------------
+
+
+def flow_row(flow: Flow) -> list[object]:
+    """What a list of flows shows of one."""
+    status = flow.status if flow.paused_at is None else f"{flow.status}, paused"
+    at = moment(flow.updated_at)
+    return [flow.id, flow.controller_id, status, flow.current_step, flow.owner_session_key, at]
+
+
+def facts(flow: Flow, queued_at: datetime | None, *, payloads: bool) -> list[tuple[str, object]]:
+    """What a flow is."""
+    told = {
+        "flow": flow.controller_id,
+        "version": flow.definition_version if flow.definition_version > 1 else None,
+        "status": flow.status,
+        "owner": flow.owner_session_key,
+        "goal": flow.goal or None,
+        "key": flow.idempotency_key,
+        "started": moment(flow.created_at),
+        "ended": moment(flow.finished_at),
+        "took": duration((flow.finished_at - flow.created_at).total_seconds()) if flow.finished_at else None,
+        "has to end by": None if flow.finished_at else moment(flow.deadline_at),
+        "waits for": flow.wait_json and describe_wait(flow.wait_json),
+        "queues for a slot": queued_at and f"since {moment(queued_at)}",
+        "cancel requested": "yes" if flow.cancel_requested else None,
+        "paused": flow.paused_at and f"since {moment(flow.paused_at)}",
+        "child of": flow.parent_flow_id,
+        "forked from": flow.forked_from,
+        "goes on as": flow.continued_as,
+        "mirrored": "yes" if flow.mode is FlowMode.MIRRORED else None,
+        "error": describe_error(flow.error_json),
+        "not undone": ", ".join((flow.error_json or {}).get("undo_failed", ())) or None,
+        "input": _shortened(flow.input_json) if payloads else None,
+        "state": _shortened(flow.state_json or None) if payloads else None,
+        "result": _shortened(flow.result_json) if payloads else None,
+    }
+    return [(name, value) for name, value in told.items() if value is not None]
+
+
+def _shortened(value: Any) -> str | None:
+    """JSON of any size, in a line; all of it is in --json."""
+    text = None if value is None else json.dumps(value, ensure_ascii=False)
+    return text if text is None or len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
+def step_row(step: FlowStep, now: datetime) -> list[object]:
+    """A step; what is open has taken until ``now``."""
+    ended = step.status.is_terminal
+    took = duration(((step.updated_at if ended else now) - step.created_at).total_seconds())
+    if not ended:
+        took += " so far"
+    began, error = moment(step.created_at), describe_error(step.error_json)
+    return [step.position or None, step.task, step.status, step.attempt, began, took, error]
+
+
+def event_row(event: FlowEvent, step: str | None) -> list[object]:
+    """An event, with the name of the step that it is about."""
+    return [moment(event.at), event.revision, event.kind, about(event, step)]
+
+
+def payload(event: FlowEvent) -> str | None:
+    """What an event carries, in a line."""
+    return _shortened(event.payload_json)
+
+
+def work_row(work: Dispatched, default_queue: str, now: datetime) -> list[object]:
+    """A thing that may need a worker."""
+    queue = work.queue or default_queue if work.kind in ("drive", "step") else None
+    return [work.kind, work.task, queue, describe_work(work, now), work.crash_count or None]
+
+
+# ---- in words -------------------------------------------------------------------------------------------------------
+
+
+def step_of(event: FlowEvent, names: Mapping[str, str]) -> str | None:
+    """The name of the step that an event is about; ``names`` has those of steps that are told of by run id alone."""
+    run_id = event.payload_json.get("run_id")
+    name: str | None = event.payload_json.get("step", {}).get("task") or names.get(str(run_id), run_id)
+    return name
+
+
+def about(event: FlowEvent, step: str | None) -> str:
+    """What an event tells, without payloads."""
+    told, changed = event.payload_json, event.payload_json.get("set", {})
+    row = told.get("step", {})
+    said = [
+        step,
+        f"attempt {row['attempt']}" if row.get("attempt", 1) > 1 else None,
+        describe_error(row.get("error_json")) or describe_error(changed.get("error_json")) or told.get("reason"),
+        f"again in {duration(told['delay_seconds'])}" if "delay_seconds" in told else None,
+        describe_wait(changed["wait_json"]) if changed.get("wait_json") else None,
+        _event(told["topic"], told["correlation_id"]) if "topic" in told else None,
+        f"begins in {duration(told['countdown'])}" if "countdown" in told else None,
+        f"begins at {moment(datetime.fromisoformat(told['eta']))}" if "eta" in told else None,
+        f"goes on for {told['continues']}" if "continues" in told else None,
+        f"by {process(told['worker'])}" if told.get("worker") else None,
+    ]
+    return ", ".join(filter(None, said))
+
+
+def describe_error(error: Mapping[str, Any] | None) -> str | None:
+    """An error's type and message."""
+    if not error or "type" not in error:
+        return None
+    return f"{error['type']}: {error['message']}" if error.get("message") else str(error["type"])
+
+
+def describe_wait(wait: Mapping[str, Any]) -> str:
+    """A wait condition in words."""
+    match wait["kind"]:
+        case "timer":
+            return f"a timer, due {_at(wait['at'])}"
+        case "external_event":
+            until = f", until {_at(wait['timeout_at'])}" if wait.get("timeout_at") else ""
+            return f"{_event(wait['topic'], wait['correlation_id'])}{until}"
+        case _:
+            return "somebody to resume it"
+
+
+def _event(topic: str, correlation_id: str) -> str:
+    return f"event {topic!r} for {correlation_id!r}"
+
+
+def _at(text: str) -> str | None:
+    return moment(datetime.fromisoformat(text))
+
+
+def describe_work(work: Dispatched, now: datetime) -> str:
+    """What has become of a thing that may need a worker."""
+    if work.worker is not None:
+        return f"held by {process(work.worker)}, lease until {moment(work.due_at)}"
+    if work.publish_count > 0:
+        times = "once" if work.publish_count == 1 else f"{work.publish_count} times"
+        return f"published {times}, waits for a worker"
+    if work.due_at is None:
+        return "at rest"
+    return f"due since {moment(work.due_at)}" if work.due_at <= now else f"due at {moment(work.due_at)}"
+
+
+def process(worker: str) -> str:
+    """Whose token it is, in words: it begins with host, boot, application process and process."""
+    host, *parts = worker.split("/")
+    return f"process {parts[2]} on {host}" if len(parts) > 2 else worker
+
+
+def duration(seconds: float) -> str:
+    """A length of time, as people say it."""
+    if seconds < 60:
+        return f"{seconds:.3f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
