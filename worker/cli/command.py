@@ -57,7 +57,7 @@ def command(*, prints: type, name: str | None = None) -> Callable[[F], FlowComma
 
 def meant(flows: Flows, name: str) -> str:
     """The registered definition that was probably meant."""
-    near = get_close_matches(name, [definition.name for definition in flows.runtime.registry], n=1)
+    near = get_close_matches(name, [definition.name for definition in flows.runtime.registry], n=1, cutoff=0.75)
     return f"; did you mean {near[0]!r}?" if near and near[0] != name else ""
 
 
