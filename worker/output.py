@@ -71,7 +71,9 @@ def _drawn(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     for column in columns:
         table.add_column(column, no_wrap=True)
     for row in rows:
-        table.add_row(*(Text.assemble((cell, STYLES.get(cell.removeprefix("step_").partition(",")[0], ""))) for cell in row))
+        table.add_row(
+            *(Text.assemble((cell, STYLES.get(cell.removeprefix("step_").partition(",")[0], ""))) for cell in row)
+        )
     console = Console(highlight=False, no_color=_wants_no_color())
     unbounded = console.options.update(max_width=1_000_000)
     console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)

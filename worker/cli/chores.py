@@ -57,7 +57,8 @@ def prune(flows: Flows, retain_days: int | None, dry_run: bool, yes: bool, as_js
 def verify(flows: Flows, flow_ids: tuple[UUID, ...], since: datetime | timedelta | None, as_json: bool) -> None:
     """Proves that histories are whole.
 
-    Folds each flow's events and compares with its rows; those named, or all. Exit code 1 if anything is not as it must be.
+    Folds each flow's events and compares with its rows; those named, or all. Exit code 1 if anything is not as it
+    must be.
     """
     looked_at = 0
 

@@ -23,7 +23,8 @@ from celery_flows.worker.flows import Flows
 def emit(flows: Flows, topic: str, correlation_id: str, payload: Any, as_json: bool) -> None:
     """Tells of an external event, for a flow that waits for it.
 
-    PAYLOAD is JSON, or - to read it from standard input. It goes to the flow that has waited longest for it; if none waits, it is kept until one does.
+    PAYLOAD is JSON, or - to read it from standard input. It goes to the flow that has waited longest for it; if
+    none waits, it is kept until one does.
     """
     event_id = flows.emit(topic, correlation_id, payload)
     kept = flows.store.run(views.has_kept_event, topic, correlation_id)

@@ -20,7 +20,8 @@ from celery_flows.worker.flows import Flows
 def retry(flows: Flows, flow_ids: tuple[UUID, ...], as_json: bool) -> None:
     """Starts flows that go on where others failed.
 
-    A new flow for each that failed or was cancelled. Prints the new flow's id beside the old one's. What succeeded is taken over; each call starts another flow.
+    A new flow for each that failed or was cancelled. Prints the new flow's id beside the old one's. What succeeded
+    is taken over; each call starts another flow.
     """
     outcomes = each(dict.fromkeys(flow_ids), lambda flow_id: str(flows.handle(flow_id).retry().id))
     _show(outcomes, "retried as", as_json)

@@ -54,7 +54,8 @@ def unpause(flows: Flows, flow_ids: tuple[UUID, ...], as_json: bool) -> None:
 def resume(flows: Flows, flow_ids: tuple[UUID, ...], patch: Any, as_json: bool) -> None:
     """Lets flows go on: ends a wait, or unpauses.
 
-    One that waits goes on as if what it waits for had come. A paused flow that waits is unpaused, and waits on: resume it once more to end its wait.
+    One that waits goes on as if what it waits for had come. A paused flow that waits is unpaused, and waits on:
+    resume it once more to end its wait.
     """
     if patch is not None and not isinstance(patch, dict):
         raise InvalidData("--patch", "must be a JSON object")

@@ -48,7 +48,8 @@ def tail(
 ) -> None:
     """Shows events as they come.
 
-    Of one flow until it has ended, or of all flows until Ctrl-C. With --json a line an event. It only reads, and costs the same however long the history is.
+    Of one flow until it has ended, or of all flows until Ctrl-C. With --json a line an event. It only reads, and
+    costs the same however long the history is.
     """
     if flow_id is not None:
         if owner or definition:
@@ -103,6 +104,11 @@ class Cursor:
         self._highest = self._floor
         self._seen = set(known)
         self._looks: deque[tuple[float, int]] = deque([(clock(), self._floor)])
+
+    @property
+    def remembered(self) -> int:
+        """How many ids it knows to be told."""
+        return len(self._seen)
 
     def new(self) -> Iterator[list[int]]:
         """What has come since the last time, in pages."""
