@@ -71,15 +71,18 @@ def _drawn(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     for column in columns:
         table.add_column(column, no_wrap=True)
     for row in rows:
-        table.add_row(
-            *(Text.assemble((cell, STYLES.get(cell.removeprefix("step_").partition(",")[0], ""))) for cell in row)
-        )
+        table.add_row(*(Text.assemble((cell, _style(cell))) for cell in row))
     console = Console(highlight=False, no_color=_wants_no_color())
     unbounded = console.options.update(max_width=1_000_000)
     console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
     with console.capture() as drawn:
         console.print(table)
     return [line.rstrip() for line in drawn.get().splitlines()]
+
+
+def _style(cell: str) -> str:
+    """Of a status (also ``running, paused``), or of an event that says that one was come to (``step_failed``)."""
+    return STYLES.get(cell.removeprefix("step_").partition(",")[0], "")
 
 
 def _wants_no_color() -> bool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from itertools import chain
 from typing import Any, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 
@@ -32,7 +33,5 @@ def _of_object(value: Any, shape: Any, at: str) -> list[str]:
     lacking = [f"{at}.{name} is missing" for name in sorted(fields.keys() - optional - value.keys())]
     foreign = [f"{at}.{name} is not documented" for name in sorted(value.keys() - fields.keys())]
     kinds = {name: get_args(kind)[0] if name in optional else kind for name, kind in fields.items()}
-    inside = [
-        found for name in value.keys() & kinds.keys() for found in misfits(value[name], kinds[name], f"{at}.{name}")
-    ]
-    return [*lacking, *foreign, *inside]
+    inside = [misfits(value[name], kinds[name], f"{at}.{name}") for name in value.keys() & kinds.keys()]
+    return [*lacking, *foreign, *chain.from_iterable(inside)]
