@@ -38,6 +38,12 @@ def fail(run: Run) -> None:
 @flows.flow("shop/wait")
 def wait(run: Run, order: str) -> str:
     return run.wait_for("approval", order)["by"]
+
+
+@flows.flow("shop/ask")
+def ask(run: Run) -> str:
+    said = run.approval("ship")
+    return f"{'yes' if said.granted else 'no'} by {said.by}: {said.comment}"
 """
 # An app whose Flows is made in a module that only a worker would import.
 LATE = 'from celery import Celery\n\napp = Celery("late", include=["late_flows"])\n'

@@ -39,7 +39,32 @@ UNREACHABLE = ("could not be reached", "flow_store_url", "FLOW_STORE_URL", "ada:
 REFUSALS = {
     "an unknown command": Refusal(("shpw",), 2, ("No such command 'shpw'",)),
     "an unknown option": Refusal(("list", "--colour"), 2, ("No such option",)),
-    "an unknown flow name": Refusal(("start", "shop/helo"), 2, ("'shop/helo'", "registered are:", "shop/hello")),
+    "an unknown flow name": Refusal(
+        ("start", "shop/helo"), 2, ("'shop/helo'", "registered are:", "did you mean 'shop/hello'?")
+    ),
+    "a priority that is none": Refusal(("start", "shop/hello", "--priority", "256"), 2, ("--priority", "255")),
+    "a time that is none": Refusal(("start", "shop/hello", "--eta", "soon"), 2, ("--eta", "'soon' is no time", "UTC")),
+    "both countdown and eta": Refusal(
+        ("start", "shop/hello", "--countdown", "3", "--eta", "2030-01-01"), 2, ("eta", "countdown")
+    ),
+    "a countdown that is none": Refusal(("start", "shop/hello", "--countdown", "nan"), 2, ("countdown",)),
+    "a countdown past all": Refusal(("start", "shop/hello", "--countdown", "1e300"), 2, ("countdown", "days")),
+    "a since that is none": Refusal(("list", "--since", "2 hours"), 2, ("--since", "how long ago: 90s, 15m, 2h, 3d")),
+    "nothing to cancel": Refusal(("cancel",), 2, ("--status, --owner and --flow",)),
+    "flows to cancel, and which": Refusal(("cancel", NOBODY, "--owner", "ada"), 2, ("one of the two",)),
+    "many to cancel, and nobody there": Refusal(("cancel", NOBODY, str(uuid4())), 2, ("2 flows", "--yes")),
+    "a prune, and nobody there": Refusal(("prune",), 2, ("deletes 0 flows", "--yes")),
+    "an unknown flow to pause": Refusal(("pause", NOBODY), 1, (f"no flow {NOBODY}",)),
+    "an unknown flow to unpause": Refusal(("unpause", NOBODY), 1, (f"no flow {NOBODY}",)),
+    "an unknown flow to retry": Refusal(("retry", NOBODY), 1, (f"no flow {NOBODY}",)),
+    "an unknown flow to fork": Refusal(("fork", NOBODY, "--from-step", "pack"), 1, (f"no flow {NOBODY}",)),
+    "a fork from nowhere": Refusal(("fork", NOBODY), 2, ("--from-step",)),
+    "an unknown flow to approve": Refusal(("approve", NOBODY, "ship", "--by", "Ada"), 1, (f"no flow {NOBODY}",)),
+    "an approval by nobody": Refusal(("approve", NOBODY, "ship"), 2, ("--by",)),
+    "an unknown flow to tail": Refusal(("tail", NOBODY), 1, (f"no flow {NOBODY}",)),
+    "a tail of one flow of an owner": Refusal(("tail", NOBODY, "--owner", "ada"), 2, ("--owner", "all flows")),
+    "a payload that is no JSON": Refusal(("emit", "paid", "o1", "{'a': 1}"), 2, ("is no JSON",)),
+    "an argument too many": Refusal(("show", NOBODY, "more"), 2, ("unexpected extra argument",)),
     "an app with no flows": Refusal(("start", "shop/hello"), 2, ("registered are: none",), app="plain"),
     "no app at all": Refusal(("start", "shop/hello"), 2, ("celery -A APP flow",), app=None),
     "an input of the wrong type": Refusal(("start", "shop/double", '"two"'), 2, ("input", "integer")),
@@ -62,6 +87,8 @@ REFUSALS = {
     "a schema version that is none": Refusal(("migrate", "--to", "tomorrow"), 2, ("'tomorrow'",)),
     "an unreachable database to list": Refusal(("list",), 1, UNREACHABLE, {"FLOW_STORE_URL": GONE}),
     "an unreachable database to start in": Refusal(("start", "shop/hello"), 1, UNREACHABLE, {"FLOW_STORE_URL": GONE}),
+    "an unreachable database to count in": Refusal(("stats",), 1, UNREACHABLE, {"FLOW_STORE_URL": GONE}),
+    "an unreachable database to tail": Refusal(("tail",), 1, UNREACHABLE, {"FLOW_STORE_URL": GONE}),
     "an unreachable database to migrate": Refusal(("migrate",), 1, UNREACHABLE, {"FLOW_STORE_URL": GONE}),
     "another kind of database": Refusal(
         ("list",), 2, ("mysql", "postgresql://"), {"FLOW_STORE_URL": f"mysql://ada:{SECRET}@127.0.0.1/shop"}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from uuid import uuid4
+from uuid import UUID, uuid4
 
-from celery_flows import SqlFlowStore
-from celery_flows.store import Flow, limits
+from celery_flows import FlowManager, SqlFlowStore
+from celery_flows.store import Flow, FlowStep, FlowStepStatus, limits
 from celery_flows.store import operations as op
 from celery_flows.store.changes import Drive
+from tests.integration.cli.shop import a_flow
 from tests.support.commandline import CELERY, Project
 
 
@@ -34,6 +35,63 @@ def test_show_tells_the_whole_story(served: Project) -> None:
     assert [event["kind"] for event in as_json["events"]] == ["step_succeeded", "finished"]
     assert code == 0
     assert {flow_id, "Steps", "History", "twice"} <= set(re.split(r"\s+|\x1b\[\d*m", shown))
+
+
+def test_show_keeps_payloads_to_itself_until_it_is_asked(project: Project, store: SqlFlowStore) -> None:
+    manager = FlowManager(store)
+    flow_id = a_flow(manager, state_json={"card": "hunter2"}, input_json="hunter2")
+    manager.record_step_observation(
+        flow_id=flow_id, run_id="r1", task="pack", status=FlowStepStatus.SUCCEEDED, result_json="hunter2"
+    )
+    manager.set_waiting(flow_id, {"kind": "external_event", "topic": "paid", "correlation_id": "o1"})
+    project.done("emit", "paid", "o1", '"hunter2"')
+
+    for arguments in (["show", str(flow_id)], ["list"], ["show", str(a_child(manager, flow_id))]):
+        assert "hunter2" not in project.done(*arguments) + project.done(*arguments, "--json")
+    asked = project.done("show", str(flow_id), "--payloads"), project.done("show", str(flow_id), "--payloads", "--json")
+    assert ["hunter2" in each for each in asked] == [True, True]
+
+
+def a_child(manager: FlowManager, parent: UUID) -> UUID:
+    return a_flow(manager, "orders/pack", parent_flow_id=parent, state_json={"card": "hunter2"})
+
+
+def test_show_tells_of_errors_children_and_who_is_at_work(project: Project, store: SqlFlowStore) -> None:
+    manager = FlowManager(store)
+    parent = UUID(project.done("start", "shop/wait", '"o1"').strip())
+    child = a_child(manager, parent)
+    manager.start_running(parent)
+    told = {"type": "PrinterError", "message": "no paper"}
+    store.insert_step(
+        FlowStep(flow_id=parent, run_id="r1", task="pack", status=FlowStepStatus.FAILED, attempt=3, error_json=told)
+    )
+
+    shown = [line.split("\t") for line in project.done("show", str(parent)).splitlines()]
+
+    assert [row[1:4] + row[6:] for row in shown if row[1:2] == ["pack"]] == [
+        ["pack", "failed", "3", "PrinterError: no paper"]
+    ]
+    assert [str(child), "orders/pack", "running"] in [row[:3] for row in shown]
+    (work,) = (row for row in shown if row[0] == "drive")
+    assert work[1:3] == ["shop/wait", "celery"]
+    assert work[3].startswith(("published once", "due"))
+
+
+def test_show_of_many_steps_shows_the_last_and_counts_them_all(project: Project, store: SqlFlowStore) -> None:
+    manager = FlowManager(store)
+    flow_id = a_flow(manager)
+    for number in range(5):
+        status = FlowStepStatus.SUCCEEDED if number else FlowStepStatus.RUNNING
+        manager.record_step_observation(flow_id=flow_id, run_id=str(number), task=f"pack {number}", status=status)
+
+    shown = project.flow("show", str(flow_id), "--steps", "2", "--events", "2")
+
+    assert "Steps, the last 2 of 5: 1 running, 4 succeeded" in shown.stdout.splitlines()
+    assert [line.split("\t")[1] for line in shown.stdout.splitlines() if re.match(r"\tpack \d\tsucceeded", line)] == [
+        "pack 3",
+        "pack 4",
+    ]
+    assert shown.stderr == "there is more before that: --events shows it\n"
 
 
 def test_show_tells_of_which_flow_it_is_a_fork(project: Project, store: SqlFlowStore) -> None:

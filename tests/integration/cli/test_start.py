@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import sqlalchemy as sa
 
-from celery_flows import FlowStatus, SqlFlowStore
+from celery_flows import FlowManager, FlowStatus, SqlFlowStore
+from celery_flows.store import operations as op
+from celery_flows.store import views
 from celery_flows.store.tables import flow_dispatch
-from tests.support.commandline import Project
+from tests.integration.cli.shop import a_flow
+from tests.support.commandline import CELERY, Project
 from tests.support.faults import closed_port
 
 
@@ -76,3 +80,38 @@ def test_waiting_in_vain_says_that_the_flow_goes_on_and_an_emitted_event_lets_it
     assert served.done("emit", "approval", "o1", '{"by": "Ada"}').endswith(" emitted\n")
     again = served.done("start", "shop/wait", '"o1"', "--key", "o1", "--wait", "30")
     assert again.splitlines()[-1] == '"Ada"'
+
+
+def test_start_later_and_with_a_priority(project: Project, store: SqlFlowStore) -> None:
+    later = UUID(project.done("start", "shop/hello", "--countdown", "3600", "--priority", "7").strip())
+    at = UUID(project.done("start", "shop/hello", "--eta", "2100-01-01T00:00:00+02:00").strip())
+
+    rows = {
+        row.run_id: row for row in store.run(views.list_dispatched, later, 9) + store.run(views.list_dispatched, at, 9)
+    }
+    now = store.run(op.now)
+    due = rows[str(later)].due_at
+    assert due is not None
+    assert timedelta(minutes=59) < due - now <= timedelta(hours=1)
+    assert rows[str(at)].due_at == datetime(2099, 12, 31, 22, tzinfo=UTC)
+    with store.engine.connect() as connection:
+        mine = sa.select(flow_dispatch.c.priority).where(flow_dispatch.c.run_id == str(later))
+        assert connection.scalar(mine) == 7
+
+
+def test_input_can_come_from_standard_input(project: Project, store: SqlFlowStore) -> None:
+    started = project.run(*CELERY, "-A", "shop", "flow", "start", "shop/double", "-", input="21\n")
+
+    assert started.returncode == 0, started.stderr
+    stored = store.get(UUID(started.stdout.strip()))
+    assert stored is not None
+    assert stored.input_json == 21
+
+
+def test_an_event_that_nobody_waits_for_is_said_to_be_kept(project: Project, store: SqlFlowStore) -> None:
+    manager = FlowManager(store)
+    waiting = a_flow(manager)
+    manager.set_waiting(waiting, {"kind": "external_event", "topic": "paid", "correlation_id": "o1"})
+
+    assert project.flow("emit", "paid", "o1").stderr == ""
+    assert project.flow("emit", "paid", "o2").stderr == "no flow waits for it yet: it is kept until one does\n"
