@@ -86,6 +86,7 @@ class Told:
     event: FlowEvent
     definition: str
     owner: str
+    step: str | None  # the name of the step that it is about
 
 
 @reads
@@ -107,5 +108,20 @@ def list_told(conn: Connection, event_ids: Sequence[int]) -> list[Told]:
     """These events, in order, but for those that were pruned meanwhile."""
     joined = flow_events.join(flows, _f.id == _e.flow_id)
     told = sa.select(*EVENT_COLUMNS, _f.controller_id, _f.owner_session_key).select_from(joined)
-    rows = conn.execute(told.where(_e.id.in_(event_ids)).order_by(_e.id)).mappings()
-    return [Told(FlowEvent.of_row(row), row["controller_id"], row["owner_session_key"]) for row in rows]
+    rows = conn.execute(told.where(_e.id.in_(event_ids)).order_by(_e.id)).mappings().all()
+    events = [FlowEvent.of_row(row) for row in rows]
+    steps = name_steps(conn, events)
+    whose = [(row["controller_id"], row["owner_session_key"]) for row in rows]
+    return [Told(event, *of, steps.get(event.id)) for event, of in zip(events, whose, strict=True)]
+
+
+@reads
+def name_steps(conn: Connection, events: Sequence[FlowEvent]) -> dict[int, str]:
+    """The names of the steps that events are about, by event id: most events tell a step's run id alone."""
+    about = {
+        event.id: (event.flow_id, event.payload_json["run_id"]) for event in events if "run_id" in event.payload_json
+    }
+    flow_ids, run_ids = {flow_id for flow_id, _ in about.values()}, {run_id for _, run_id in about.values()}
+    named = sa.select(_s.flow_id, _s.run_id, _s.task).where(_s.flow_id.in_(flow_ids), _s.run_id.in_(run_ids))
+    names = {(row.flow_id, row.run_id): row.task for row in conn.execute(named)} if about else {}
+    return {event_id: names[key] for event_id, key in about.items() if key in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -55,8 +56,16 @@ def show_row(cells: Sequence[object], widths: Sequence[int]) -> None:
     if not sys.stdout.isatty():
         click.echo("\t".join(texts))
         return
-    head = [text.ljust(width) for text, width in zip(texts, widths, strict=False)]
+    head = [_styled(text, text.ljust(width)) for text, width in zip(texts, widths, strict=False)]
     click.echo("  ".join([*head, *texts[len(head) :]]).rstrip())
+
+
+def _styled(text: str, padded: str) -> str:
+    from rich.color import ColorSystem
+    from rich.style import Style
+
+    is_plain = _wants_no_color() or os.environ.get("NO_COLOR")
+    return padded if is_plain else Style.parse(_style(text)).render(padded, color_system=ColorSystem.STANDARD)
 
 
 def _drawn(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -44,7 +45,9 @@ def prune(flows: Flows, retain_days: int | None, dry_run: bool, yes: bool, as_js
         told["would_prune"] = asdict(count) if count else None
         line = f"{count} flows would be pruned: they ended more than {days} days ago"
     else:
-        confirm(f"This deletes {count} flows that ended more than {days} days ago, with their histories", yes=yes)
+        is_nothing = count is not None and count.number == 0 and sys.stdin.isatty()  # a script is to say it always
+        what = f"This deletes {count} flows that ended more than {days} days ago, with their histories"
+        confirm(what, yes=yes or is_nothing)
         with progress("pruning", count.number if count else None) as progressed:
             told["pruned"] = maintenance.prune(flows.runtime, days, progressed)
         line = f"{told['pruned']} flows pruned"

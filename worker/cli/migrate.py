@@ -39,6 +39,8 @@ def migrate(flows: Flows, revision: str, yes: bool, as_json: bool) -> None:
                     f"--to: there is no schema version {revision!r}; the newest is {schema.head()}"
                 ) from error
     now = schema.at(engine)
+    if was == now and revision not in ("head", "base", now):
+        raise Refused(f"--to: the database is at schema version {now}, past {revision}; only base goes back")
     output.show_json({"was": was, "schema": now}) if as_json else click.echo(f"schema: {now or 'no tables'}")
 
 

@@ -26,6 +26,8 @@ def pause(flows: Flows, flow_ids: tuple[UUID, ...], as_json: bool) -> None:
     """
 
     def act(flow_id: UUID) -> str:
+        if flows.manager.get(flow_id).paused_at is not None:
+            return "is paused already"
         flows.handle(flow_id).pause()
         return "paused"
 

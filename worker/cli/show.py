@@ -19,8 +19,12 @@ SHOWN = 100  # children, and things that may need a worker
 
 @command(prints=shapes.Shown)
 @flow_id
-@click.option("--steps", type=click.IntRange(0), default=100, show_default=True, help="How many of the last steps.")
-@click.option("--events", type=click.IntRange(0), default=100, show_default=True, help="How many of the last events.")
+@click.option(
+    "--steps", type=click.IntRange(0, 10_000), default=100, show_default=True, help="How many of the last steps."
+)
+@click.option(
+    "--events", type=click.IntRange(0, 10_000), default=100, show_default=True, help="How many of the last events."
+)
 @payloads
 def show(flows: Flows, flow_id: UUID, steps: int, events: int, payloads: bool, as_json: bool) -> None:
     """Shows a flow: what it waits for, its steps, its history.
@@ -35,8 +39,8 @@ def show(flows: Flows, flow_id: UUID, steps: int, events: int, payloads: bool, a
     children = flows.store.run(views.list_children, flow_id, SHOWN)
     counts = flows.store.run(op.count_steps, flow_id)
     now, queue = flows.store.run(op.now), flows.runtime.default_queue()
-    names = {step.run_id: step.task for step in last_steps}
-    told = [(event, story.step_of(event, names)) for event in history]
+    names = flows.store.run(views.name_steps, history)
+    told = [(event, names.get(event.id)) for event in history]
     if as_json:
         output.show_json(
             {
@@ -57,7 +61,9 @@ def show(flows: Flows, flow_id: UUID, steps: int, events: int, payloads: bool, a
         title += f": {', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}"
     _section(title, story.STEP_COLUMNS, [story.step_row(step, now) for step in last_steps])
     if work:
-        _section("Work", story.WORK_COLUMNS, [story.work_row(each, queue, now) for each in work])
+        is_paused = found.paused_at is not None
+        rows = [story.work_row(each, queue, now, is_paused=is_paused) for each in work]
+        _section("Work", story.WORK_COLUMNS, rows)
     if children:
         _section("Children", story.FLOW_COLUMNS, [story.flow_row(child) for child in children])
     _section("History", story.EVENT_COLUMNS, [story.event_row(event, step) for event, step in told])

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from celery_flows.store import Flow, FlowEvent, FlowStep
+from celery_flows.store import Flow, FlowEvent, FlowStatus, FlowStep
 from celery_flows.store.models import FlowMode
 from celery_flows.store.views import Dispatched
 from celery_flows.worker.output import moment
@@ -120,20 +120,15 @@ def payload(event: FlowEvent) -> str | None:
     return _shortened(event.payload_json)
 
 
-def work_row(work: Dispatched, default_queue: str, now: datetime) -> list[object]:
+def work_row(work: Dispatched, default_queue: str, now: datetime, *, is_paused: bool) -> list[object]:
     """A thing that may need a worker."""
     queue = work.queue or default_queue if work.kind in ("drive", "step") else None
-    return [work.kind, work.task, queue, describe_work(work, now), work.crash_count or None]
+    is_kept = is_paused and work.kind == "drive" and work.worker is None
+    become = "kept until the flow is unpaused" if is_kept else describe_work(work, now)
+    return [work.kind, work.task, queue, become, work.crash_count or None]
 
 
 # ---- in words -------------------------------------------------------------------------------------------------------
-
-
-def step_of(event: FlowEvent, names: Mapping[str, str]) -> str | None:
-    """The name of the step that an event is about; ``names`` has those of steps that are told of by run id alone."""
-    run_id = event.payload_json.get("run_id")
-    name: str | None = event.payload_json.get("step", {}).get("task") or names.get(str(run_id), run_id)
-    return name
 
 
 def about(event: FlowEvent, step: str | None) -> str:
@@ -145,7 +140,7 @@ def about(event: FlowEvent, step: str | None) -> str:
         f"attempt {row['attempt']}" if row.get("attempt", 1) > 1 else None,
         describe_error(row.get("error_json")) or describe_error(changed.get("error_json")) or told.get("reason"),
         f"again in {duration(told['delay_seconds'])}" if "delay_seconds" in told else None,
-        describe_wait(changed["wait_json"]) if changed.get("wait_json") else None,
+        describe_wait(changed["wait_json"]) if changed.get("status") == FlowStatus.WAITING else None,
         _event(told["topic"], told["correlation_id"]) if "topic" in told else None,
         f"begins in {duration(told['countdown'])}" if "countdown" in told else None,
         f"begins at {moment(datetime.fromisoformat(told['eta']))}" if "eta" in told else None,

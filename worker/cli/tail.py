@@ -20,7 +20,6 @@ from celery_flows.worker.lifecycle import Refused
 
 PAGE = 500
 LATE_SECONDS = 10.0  # a transaction that is open for longer may have its event left out
-NAMES = 10_000  # steps whose names are remembered
 
 
 @command(prints=shapes.Event)
@@ -55,11 +54,10 @@ def tail(
         if owner or definition:
             raise Refused("--owner and --flow are for the events of all flows")
         flows.manager.get(flow_id)
-    names = _StepNames(flows)
     try:
         for told in _follow(flows, flow_id, events, every):
             if owner in (None, told.owner) and definition in (None, told.definition):
-                _show(told, names.of(told), is_one=flow_id is not None, payloads=payloads, as_json=as_json)
+                _show(told, is_one=flow_id is not None, payloads=payloads, as_json=as_json)
     except KeyboardInterrupt:  # how it is ended
         return
     if flow_id is not None:
@@ -135,37 +133,16 @@ class Cursor:
             self._seen = {each for each in self._seen if each > self._floor}
 
 
-class _StepNames:
-    """Names of steps by run id: only the event that scheduled a step tells its name."""
-
-    def __init__(self, flows: Flows) -> None:
-        self._flows = flows
-        self._known: dict[str, str] = {}
-
-    def of(self, told: Told) -> str | None:
-        """The name of the step that an event is about."""
-        event = told.event
-        run_id, name = event.payload_json.get("run_id"), event.payload_json.get("step", {}).get("task")
-        if run_id is not None and name is None and run_id not in self._known:
-            step = self._flows.store.find_step_by_run_id(event.flow_id, run_id)
-            name = None if step is None else step.task
-        if run_id is not None and name is not None:
-            if len(self._known) >= NAMES:
-                self._known.clear()
-            self._known[run_id] = name
-        return story.step_of(event, self._known)
-
-
 WIDTHS = {True: (24, 16), False: (24, 36, 20, 16)}
 
 
-def _show(told: Told, step: str | None, *, is_one: bool, payloads: bool, as_json: bool) -> None:
+def _show(told: Told, *, is_one: bool, payloads: bool, as_json: bool) -> None:
     event = told.event
     if as_json:
-        output.show_json(story.event_json(event, step, payloads=payloads), line=True)
+        output.show_json(story.event_json(event, told.step, payloads=payloads), line=True)
         return
     whose = [] if is_one else [event.flow_id, told.definition]
-    cells = [output.moment(event.at), *whose, event.kind, story.about(event, step)]
+    cells = [output.moment(event.at), *whose, event.kind, story.about(event, told.step)]
     output.show_row([*cells, story.payload(event)] if payloads else cells, WIDTHS[is_one])
 
 

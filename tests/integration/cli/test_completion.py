@@ -26,5 +26,5 @@ def test_a_line_is_completed(line: str, project: Project) -> None:
         CELERY[0], "-c", "import sys; sys.argv = ['celery']; from celery.__main__ import main; main()"
     )
 
-    assert [word.partition(",")[2] for word in answered.stdout.splitlines()] == LINES[line]
+    assert [word.partition(",")[2] for word in answered.stdout.split()] == LINES[line]
     assert answered.stderr == ""

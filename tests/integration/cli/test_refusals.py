@@ -85,6 +85,7 @@ REFUSALS = {
     "an empty topic": Refusal(("emit", "", "o1"), 2, ("topic",)),
     "a retention below nothing": Refusal(("prune", "--retain-days", "-1"), 2, ("--retain-days",)),
     "a schema version that is none": Refusal(("migrate", "--to", "tomorrow"), 2, ("'tomorrow'",)),
+    "a schema version that is past": Refusal(("migrate", "--to", "0001"), 2, ("0001", "only base goes back")),
     "an unreachable database to list": Refusal(("list",), 1, UNREACHABLE, {"FLOW_STORE_URL": GONE}),
     "an unreachable database to start in": Refusal(("start", "shop/hello"), 1, UNREACHABLE, {"FLOW_STORE_URL": GONE}),
     "an unreachable database to count in": Refusal(("stats",), 1, UNREACHABLE, {"FLOW_STORE_URL": GONE}),

@@ -60,6 +60,7 @@ def test_pause_keeps_flows_and_unpause_or_resume_lets_them_go_on(project: Projec
 
     assert project.done("pause", str(one), str(other)) == f"{one} paused\n{other} paused\n"
     assert manager.get(one).paused_at is not None
+    assert project.done("pause", str(one)) == f"{one} is paused already\n"
     assert f"{one}\torders/import\twaiting, paused" in project.done("list")
 
     assert project.done("resume", str(one)) == f"{one} unpaused; it still waits for somebody to resume it\n"
