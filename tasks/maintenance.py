@@ -124,7 +124,7 @@ def _hand_over_event(runtime: Runtime, event_id: str) -> int:
     return handed
 
 
-def prune(runtime: Runtime, retain_days: int | None = None, progress: Callable[[int], object] = lambda _: None) -> int:
+def prune(runtime: Runtime, retain_days: int | None = None, progress: Callable[[int], object] | None = None) -> int:
     """Deletes terminal flows past their retention, in bounded batches; says how many. None: ``flow_retain_days``.
     ``progress`` is told after each batch how many are gone.
 
