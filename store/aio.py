@@ -177,13 +177,10 @@ class AsyncFlowStore:
         stored, event_id = await self.change(change)
         return stored, op.event_of(change, stored, event_id)
 
-    async def prune_terminal_flows(self, retain_days: int, progress: Callable[[int], object] | None = None) -> int:
-        """In batches of a transaction each; ``progress`` is told after each how many are gone."""
+    async def prune_terminal_flows(self, retain_days: int) -> int:
         pruned = 0
         while (count := await self.run(op.prune_batch, retain_days)) > 0:
             pruned += count
-            if progress is not None:
-                progress(pruned)
         return pruned
 
     # ---- beyond the contract ----

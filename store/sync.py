@@ -162,13 +162,10 @@ class SqlFlowStore(FlowStore):
         stored, event_id = self.change(change)
         return stored, op.event_of(change, stored, event_id)
 
-    def prune_terminal_flows(self, retain_days: int, progress: Callable[[int], object] | None = None) -> int:
-        """In batches of a transaction each; ``progress`` is told after each how many are gone."""
+    def prune_terminal_flows(self, retain_days: int) -> int:
         pruned = 0
         while (count := self.run(op.prune_batch, retain_days)) > 0:
             pruned += count
-            if progress is not None:
-                progress(pruned)
         return pruned
 
     # ---- beyond the contract ----

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, health, inbox, limits
+from celery_flows.store import operations as op
 from celery_flows.store.audit import Finding
 from celery_flows.store.changes import Completion, Holder
 from celery_flows.store.dispatch import Swept
@@ -124,7 +125,7 @@ def _hand_over_event(runtime: Runtime, event_id: str) -> int:
     return handed
 
 
-def prune(runtime: Runtime, retain_days: int | None = None, progress: Callable[[int], object] | None = None) -> int:
+def prune(runtime: Runtime, retain_days: int | None = None, progress: Callable[[int], object] = lambda _: None) -> int:
     """Deletes terminal flows past their retention, in bounded batches; says how many. None: ``flow_retain_days``.
     ``progress`` is told after each batch how many are gone.
 
@@ -132,7 +133,10 @@ def prune(runtime: Runtime, retain_days: int | None = None, progress: Callable[[
         InvalidData: for a negative number.
     """
     days = runtime.settings.retain_days if retain_days is None else retain_days
-    pruned = runtime.store.prune_terminal_flows(days, progress)
+    pruned = 0
+    while (count := runtime.store.run(op.prune_batch, days)) > 0:
+        pruned += count
+        progress(pruned)
     runtime.store.run(limits.prune)
     log.info("pruned %d flows that ended more than %d days ago", pruned, days)
     heartbeat(runtime, PRUNE, DAY_SECONDS, pruned=pruned)
