@@ -118,9 +118,8 @@ def list_told(conn: Connection, event_ids: Sequence[int]) -> list[Told]:
 @reads
 def name_steps(conn: Connection, events: Sequence[FlowEvent]) -> dict[int, str]:
     """The names of the steps that events are about, by event id: most events tell a step's run id alone."""
-    about = {
-        event.id: (event.flow_id, event.payload_json["run_id"]) for event in events if "run_id" in event.payload_json
-    }
+    told = {event.id: (event.flow_id, event.payload_json.get("run_id")) for event in events}
+    about = {event_id: key for event_id, key in told.items() if isinstance(key[1], str)}
     flow_ids, run_ids = {flow_id for flow_id, _ in about.values()}, {run_id for _, run_id in about.values()}
     named = sa.select(_s.flow_id, _s.run_id, _s.task).where(_s.flow_id.in_(flow_ids), _s.run_id.in_(run_ids))
     names = {(row.flow_id, row.run_id): row.task for row in conn.execute(named)} if about else {}

@@ -27,7 +27,7 @@ MOST = 10_000  # flows that one command cancels
 @of_status(*sorted(OPEN))
 @of_owner
 @of_definition
-@say_yes("cancelling more than one")
+@say_yes("cancelling more than one, or by options")
 def cancel(
     flows: Flows,
     flow_ids: tuple[UUID, ...],

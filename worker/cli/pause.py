@@ -10,7 +10,7 @@ import click
 
 from celery_flows.store import InvalidData
 from celery_flows.worker import output
-from celery_flows.worker.cli import shapes, story
+from celery_flows.worker.cli import shapes, words
 from celery_flows.worker.cli.arguments import JsonText, flow_ids
 from celery_flows.worker.cli.command import command
 from celery_flows.worker.cli.outcomes import each, end, tell
@@ -77,7 +77,7 @@ def _unpause(flows: Flows, flow_id: UUID) -> str:
     handle = flows.handle(flow_id)
     handle.unpause()
     wait = handle.get().wait_json
-    return f"unpaused; it still waits for {story.describe_wait(wait)}" if wait else "unpaused"
+    return f"unpaused; it still waits for {words.describe_wait(wait)}" if wait else "unpaused"
 
 
 def _steer(flow_ids: tuple[UUID, ...], act: Callable[[UUID], str], as_json: bool) -> None:

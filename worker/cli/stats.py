@@ -10,7 +10,7 @@ import click
 from celery_flows.store import FlowStatus, health, statistics
 from celery_flows.store.statistics import Statistics, Waiting
 from celery_flows.worker import output
-from celery_flows.worker.cli import shapes, story
+from celery_flows.worker.cli import shapes, words
 from celery_flows.worker.cli.command import command
 from celery_flows.worker.flows import Flows
 
@@ -53,11 +53,11 @@ def _for(taken: Statistics, waiting: Waiting) -> str | None:
     """How long the first of them has waited."""
     if waiting.since is None:
         return None
-    return f"the first for {story.duration((taken.at - waiting.since).total_seconds())}"
+    return f"the first for {words.duration((taken.at - waiting.since).total_seconds())}"
 
 
 def _processes(taken: Statistics) -> list[str]:
-    return sorted({story.process(worker) for worker in taken.work.workers})
+    return sorted({words.process(worker) for worker in taken.work.workers})
 
 
 def _as_json(taken: Statistics) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A flow told: its records as JSON and as rows, and in words what happened, what it waits for, and who is at it.
+"""A flow told: its records as JSON and as rows.
 
 Payloads (input, state, results, arguments, what events carry) are left out unless they are asked for: what is on a
 screen is copied into tickets and chats. Names, ids, times and errors are told.
@@ -7,13 +7,13 @@ screen is copied into tickets and chats. Names, ids, times and errors are told.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from celery_flows.store import Flow, FlowEvent, FlowStatus, FlowStep
+from celery_flows.store import Flow, FlowEvent, FlowStep
 from celery_flows.store.models import FlowMode
 from celery_flows.store.views import Dispatched
+from celery_flows.worker.cli.words import about, describe_error, describe_wait, describe_work, duration
 from celery_flows.worker.output import moment
 
 PAYLOADS = frozenset({"input_json", "state_json", "result_json", "args_json", "payload_json"})
@@ -40,7 +40,8 @@ def step_json(step: FlowStep, *, payloads: bool = False) -> dict[str, Any]:
 
 def event_json(event: FlowEvent, step: str | None, *, payloads: bool = False) -> dict[str, Any]:
     """An event as programs are told of it, with the name of the step that it is about."""
-    told = {"run_id": event.payload_json.get("run_id"), "step": step, "about": about(event, step)}
+    run_id = event.payload_json.get("run_id")
+    told = {"run_id": run_id if isinstance(run_id, str) else None, "step": step, "about": about(event, step)}
     return {**_record(event, payloads), **told}
 
 
@@ -126,82 +127,3 @@ def work_row(work: Dispatched, default_queue: str, now: datetime, *, is_paused: 
     is_kept = is_paused and work.kind == "drive" and work.worker is None
     become = "kept until the flow is unpaused" if is_kept else describe_work(work, now)
     return [work.kind, work.task, queue, become, work.crash_count or None]
-
-
-# ---- in words -------------------------------------------------------------------------------------------------------
-
-
-def about(event: FlowEvent, step: str | None) -> str:
-    """What an event tells, without payloads."""
-    told, changed = event.payload_json, event.payload_json.get("set", {})
-    row = told.get("step", {})
-    said = [
-        step,
-        f"attempt {row['attempt']}" if row.get("attempt", 1) > 1 else None,
-        describe_error(row.get("error_json")) or describe_error(changed.get("error_json")) or told.get("reason"),
-        f"again in {duration(told['delay_seconds'])}" if "delay_seconds" in told else None,
-        describe_wait(changed["wait_json"]) if changed.get("status") == FlowStatus.WAITING else None,
-        _event(told["topic"], told["correlation_id"]) if "topic" in told else None,
-        f"begins in {duration(told['countdown'])}" if "countdown" in told else None,
-        f"begins at {moment(datetime.fromisoformat(told['eta']))}" if "eta" in told else None,
-        f"goes on for {told['continues']}" if "continues" in told else None,
-        f"by {process(told['worker'])}" if told.get("worker") else None,
-    ]
-    return ", ".join(filter(None, said))
-
-
-def describe_error(error: Mapping[str, Any] | None) -> str | None:
-    """An error's type and message."""
-    if not error or "type" not in error:
-        return None
-    return f"{error['type']}: {error['message']}" if error.get("message") else str(error["type"])
-
-
-def describe_wait(wait: Mapping[str, Any]) -> str:
-    """A wait condition in words."""
-    match wait["kind"]:
-        case "timer":
-            return f"a timer, due {_at(wait['at'])}"
-        case "external_event":
-            until = f", until {_at(wait['timeout_at'])}" if wait.get("timeout_at") else ""
-            return f"{_event(wait['topic'], wait['correlation_id'])}{until}"
-        case _:
-            return "somebody to resume it"
-
-
-def _event(topic: str, correlation_id: str) -> str:
-    return f"event {topic!r} for {correlation_id!r}"
-
-
-def _at(text: str) -> str | None:
-    return moment(datetime.fromisoformat(text))
-
-
-def describe_work(work: Dispatched, now: datetime) -> str:
-    """What has become of a thing that may need a worker."""
-    if work.worker is not None:
-        return f"held by {process(work.worker)}, lease until {moment(work.due_at)}"
-    if work.publish_count > 0:
-        times = "once" if work.publish_count == 1 else f"{work.publish_count} times"
-        return f"published {times}, waits for a worker"
-    if work.due_at is None:
-        return "at rest"
-    return f"due since {moment(work.due_at)}" if work.due_at <= now else f"due at {moment(work.due_at)}"
-
-
-def process(worker: str) -> str:
-    """Whose token it is, in words: it begins with host, boot, application process and process."""
-    host, *parts = worker.split("/")
-    return f"process {parts[2]} on {host}" if len(parts) > 2 else worker
-
-
-def duration(seconds: float) -> str:
-    """A length of time, as people say it."""
-    if seconds < 60:
-        return f"{seconds:.3f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"

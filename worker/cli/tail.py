@@ -12,7 +12,7 @@ import click
 from celery_flows.store import Flow, FlowNotFound, StoreError, views
 from celery_flows.store.views import Told
 from celery_flows.worker import output
-from celery_flows.worker.cli import shapes, story
+from celery_flows.worker.cli import shapes, story, words
 from celery_flows.worker.cli.arguments import FlowId, of_definition, of_owner, payloads
 from celery_flows.worker.cli.command import command
 from celery_flows.worker.flows import Flows
@@ -67,7 +67,7 @@ def tail(
 def _follow(flows: Flows, flow_id: UUID | None, last: int, every: float) -> Iterator[Told]:
     """The last events, and then what comes; ends when the flow has ended."""
     cursor = Cursor(flows, flow_id, last)
-    has_ended = False
+    has_ended = is_away = False
     while True:
         try:
             ending = flow_id is not None and _has_ended(flows, flow_id)
@@ -75,9 +75,12 @@ def _follow(flows: Flows, flow_id: UUID | None, last: int, every: float) -> Iter
                 yield from flows.store.run(views.list_told, ids)
             has_ended = has_ended or ending
         except StoreError as error:
-            click.echo(f"{error}; looking again", err=True)
+            if not is_away:
+                click.echo(f"{error}; looking again until it is back", err=True)
+            is_away = True
             time.sleep(every)
             continue
+        is_away = False
         if has_ended:  # it had before the look that has just been taken
             return
         time.sleep(every)
@@ -142,7 +145,7 @@ def _show(told: Told, *, is_one: bool, payloads: bool, as_json: bool) -> None:
         output.show_json(story.event_json(event, told.step, payloads=payloads), line=True)
         return
     whose = [] if is_one else [event.flow_id, told.definition]
-    cells = [output.moment(event.at), *whose, event.kind, story.about(event, told.step)]
+    cells = [output.moment(event.at), *whose, event.kind, words.about(event, told.step)]
     output.show_row([*cells, story.payload(event)] if payloads else cells, WIDTHS[is_one])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 from uuid import UUID, uuid4
 
 from celery_flows import FlowManager, SqlFlowStore
@@ -75,6 +76,29 @@ def test_show_tells_of_errors_children_and_who_is_at_work(project: Project, stor
     (work,) = (row for row in shown if row[0] == "drive")
     assert work[1:3] == ["shop/wait", "celery"]
     assert work[3].startswith(("published once", "due"))
+
+
+ANYTHING: list[dict[str, Any]] = [
+    {}, {"set": 3}, {"step": "pack"}, {"run_id": {"a": 1}}, {"run_id": "nobody"}, {"worker": 5}, {"topic": "hunter2"},
+    {"countdown": "soon"}, {"eta": "later"}, {"continues": "hunter2"}, {"reason": ["hunter2"]},
+    {"step": {"attempt": "x", "error_json": 3}}, {"set": {"wait_json": {"kind": "timer"}}},
+]  # fmt: skip
+
+
+def test_an_event_that_somebody_appended_can_be_shown_whatever_it_carries(
+    project: Project, store: SqlFlowStore
+) -> None:
+    flow_id = a_flow(FlowManager(store))
+    for kind in ("noted", "created", "waiting", "resumed", "step_started", "step_retrying", "failed"):
+        for payload in ANYTHING:
+            store.append_event(flow_id, kind, payload)
+
+    for arguments in (["show", str(flow_id)], ["tail", str(flow_id), "--events", "200"]):
+        FlowManager(store).finish(flow_id) if arguments[0] == "tail" else None
+        for more in ([], ["--json"]):
+            shown = project.flow(*arguments, *more)
+            assert (shown.returncode, "Traceback" in shown.stderr) == (0, False)
+            assert shown.stdout.count("step_retrying") == len(ANYTHING)
 
 
 def test_show_of_many_steps_shows_the_last_and_counts_them_all(project: Project, store: SqlFlowStore) -> None:

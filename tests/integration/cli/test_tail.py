@@ -8,6 +8,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+import sqlalchemy as sa
 
 from celery_flows import FlowManager, SqlFlowStore
 from celery_flows.store.engines import make_engine
@@ -16,6 +17,7 @@ from tests.integration.cli.shop import a_flow
 from tests.support.bench import Bench
 from tests.support.commandline import CELERY, Project
 from tests.support.databases import Databases
+from tests.support.warm import WarmCelery
 
 TAIL = (*CELERY, "-A", "shop", "flow", "tail", "--every", "0.1")
 
@@ -75,6 +77,39 @@ def test_the_tail_of_an_ended_flow_shows_its_last_events(project: Project, store
     assert (ended.returncode, ended.stderr) == (0, f"{flow_id} finished\n")
     assert [line.split("\t")[1] for line in ended.stdout.splitlines()] == ["started", "finished"]
     assert project.flow("tail", str(flow_id), "--events", "0").stdout == ""
+
+
+def test_a_tail_outlives_a_database_that_goes_away(
+    databases: Databases, folder: Path, warm: WarmCelery, tmp_path: Path
+) -> None:
+    with databases.postgresql() as url:
+        project = Project(folder, {"FLOW_STORE_URL": url, "CELERY_BROKER_URL": "memory://"}, warm)
+        store = SqlFlowStore(make_engine(url))
+        flow_id = a_flow(FlowManager(store))
+        store.close()
+        with project.started(*TAIL, str(flow_id), log=tmp_path / "tail") as tail:
+            tail.wait_for("\tstarted")
+            _let_in(url, False)
+            tail.wait_for("looking again")
+            _let_in(url, True)
+            FlowManager(store).finish(flow_id)
+            assert tail.ended() == 0
+        store.close()
+
+    kinds = [line.split("\t")[1] for line in tail.output.splitlines() if "\t" in line]
+    assert kinds == ["created", "started", "finished"]
+    assert tail.output.count("looking again") == 1
+
+
+def _let_in(url: str, allowed: bool) -> None:
+    """Has the server refuse connections to this database, and end those there are; or take them again."""
+    at = sa.make_url(url)
+    engine = sa.create_engine(at.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f'ALTER DATABASE "{at.database}" ALLOW_CONNECTIONS {allowed}'))
+        end = sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name")
+        connection.execute(end, {"name": at.database} if not allowed else {"name": ""})
+    engine.dispose()
 
 
 @pytest.fixture
