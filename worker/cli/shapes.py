@@ -13,7 +13,8 @@ Time = str  # ISO 8601, in UTC
 class Error(TypedDict):
     type: str
     message: str
-    undo_failed: NotRequired[list[str]]  # steps that were to be undone, and could not be
+    undo_failed: NotRequired[list[str]]  # of a flow: steps that were to be undone, and could not be
+    retry_at: NotRequired[Time]  # of a step that is tried again: when
 
 
 class Flow(TypedDict):

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from celery_flows.store import FlowEvent
 from celery_flows.store.views import Dispatched
+from celery_flows.tasks.inline import RETRY_AT
 from celery_flows.worker.output import moment
 
 
@@ -36,8 +37,9 @@ def _told(kind: str, told: Mapping[str, Any]) -> Iterator[str | None]:
         case "step_retrying":
             yield f"attempt {row['attempt']:d}"
             yield describe_error(row["error_json"])
-            yield f"again in {duration(told['delay_seconds'])}"
-        case "step_failed" | "failed" | "cancelled":
+            yield f"again in {duration(told['delay_seconds'])}" if "delay_seconds" in told else None
+            yield f"again at {_at(row['error_json'][RETRY_AT])}" if RETRY_AT in row["error_json"] else None
+        case "step_failed" | "failed" | "cancelled" | "history_refused":
             yield describe_error(row.get("error_json") or changed.get("error_json")) or told.get("reason")
 
 

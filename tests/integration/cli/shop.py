@@ -10,7 +10,9 @@ from celery_flows import FlowManager
 
 SHOP = """
 from celery import Celery
-from celery_flows import Flows, Run
+from datetime import timedelta
+
+from celery_flows import Flows, Retry, Run
 
 app = Celery("shop")
 flows = Flows(app)
@@ -33,6 +35,15 @@ def twice(number: int) -> int:
 @flows.flow("shop/fail")
 def fail(run: Run) -> None:
     raise RuntimeError("no more boxes")
+
+
+@flows.flow("shop/print", retry=Retry(max_attempts=2, initial=timedelta(0)))
+def print_(run: Run) -> None:
+    run.step(jam)
+
+
+def jam() -> None:
+    raise RuntimeError("no paper")
 
 
 @flows.flow("shop/wait")

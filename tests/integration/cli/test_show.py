@@ -78,6 +78,16 @@ def test_show_tells_of_errors_children_and_who_is_at_work(project: Project, stor
     assert work[3].startswith(("published once", "due"))
 
 
+def test_show_tells_why_a_step_was_tried_again(served: Project) -> None:
+    flow_id = served.flow("start", "shop/print", "--wait", "30").stderr.split()[2]
+
+    told = [line.split("\t")[2:] for line in served.done("show", flow_id).splitlines() if line.count("\t") == 3]
+
+    (again,) = (about for kind, about in (row for row in told if row[:1] == ["step_retrying"]))
+    assert again.startswith("jam, attempt 2, RuntimeError: no paper, again at 20")
+    assert ["step_failed", "jam, RuntimeError: no paper"] in told
+
+
 ANYTHING: list[dict[str, Any]] = [
     {}, {"set": 3}, {"step": "pack"}, {"run_id": {"a": 1}}, {"run_id": "nobody"}, {"worker": 5}, {"topic": "hunter2"},
     {"countdown": "soon"}, {"eta": "later"}, {"continues": "hunter2"}, {"reason": ["hunter2"]},
