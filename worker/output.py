@@ -56,14 +56,16 @@ def show_row(cells: Sequence[object], widths: Sequence[int]) -> None:
     if not sys.stdout.isatty():
         click.echo("\t".join(texts))
         return
-    head = [_styled(text, text.ljust(width)) for text, width in zip(texts, widths, strict=False)]
+    head = [_styled(text, width) for text, width in zip(texts, widths, strict=False)]
     click.echo("  ".join([*head, *texts[len(head) :]]).rstrip())
 
 
-def _styled(text: str, padded: str) -> str:
+def _styled(text: str, width: int) -> str:
+    from rich.cells import cell_len
     from rich.color import ColorSystem
     from rich.style import Style
 
+    padded = text + " " * (width - cell_len(text))
     is_plain = _wants_no_color() or os.environ.get("NO_COLOR")
     return padded if is_plain else Style.parse(_style(text)).render(padded, color_system=ColorSystem.STANDARD)
 

@@ -62,10 +62,11 @@ def show(flows: Flows, flow_id: UUID, steps: int, events: int, payloads: bool, a
     _section(title, story.STEP_COLUMNS, [story.step_row(step, now) for step in last_steps])
     if work:
         is_paused = found.paused_at is not None
-        rows = [story.work_row(each, queue, now, is_paused=is_paused) for each in work]
-        _section("Work", story.WORK_COLUMNS, rows)
+        title = "Work" if len(work) < SHOWN else f"Work, the first {SHOWN}"
+        _section(title, story.WORK_COLUMNS, story.work_rows(work, queue, now, is_paused=is_paused))
     if children:
-        _section("Children", story.FLOW_COLUMNS, [story.flow_row(child) for child in children])
+        title = "Children" if len(children) < SHOWN else f"Children, the first {SHOWN}"
+        _section(title, story.FLOW_COLUMNS, [story.flow_row(child) for child in children])
     _section("History", story.EVENT_COLUMNS, [story.event_row(event, step) for event, step in told])
     if events and len(history) == events and history[0].kind != "created":
         click.echo("there is more before that: --events shows it", err=True)

@@ -7,6 +7,8 @@ screen is copied into tickets and chats. Names, ids, times and errors are told.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -21,7 +23,7 @@ PAYLOADS = frozenset({"input_json", "state_json", "result_json", "args_json", "p
 FLOW_COLUMNS = ("id", "flow", "status", "step", "owner", "updated")
 STEP_COLUMNS = ("#", "step", "status", "attempt", "began", "took", "error")
 EVENT_COLUMNS = ("at", "revision", "event", "about")
-WORK_COLUMNS = ("work", "name", "queue", "is", "crashes")
+WORK_COLUMNS = ("count", "work", "name", "queue", "is", "crashes")
 SHOWN_CHARACTERS = 200
 
 
@@ -121,9 +123,14 @@ def payload(event: FlowEvent) -> str | None:
     return _shortened(event.payload_json)
 
 
-def work_row(work: Dispatched, default_queue: str, now: datetime, *, is_paused: bool) -> list[object]:
-    """A thing that may need a worker."""
+def work_rows(work: Sequence[Dispatched], default_queue: str, now: datetime, *, is_paused: bool) -> list[list[object]]:
+    """The things that may need a worker, those of which the same is to be told in one row."""
+    rows = Counter(_work_row(each, default_queue, now, is_paused) for each in work)
+    return [[count, *row] for row, count in rows.items()]
+
+
+def _work_row(work: Dispatched, default_queue: str, now: datetime, is_paused: bool) -> tuple[object, ...]:
     queue = work.queue or default_queue if work.kind in ("drive", "step") else None
     is_kept = is_paused and work.kind == "drive" and work.worker is None
     become = "kept until the flow is unpaused" if is_kept else describe_work(work, now)
-    return [work.kind, work.task, queue, become, work.crash_count or None]
+    return (work.kind, work.task, queue, become, work.crash_count or None)
