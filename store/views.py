@@ -47,10 +47,8 @@ _DISPATCHED = (_d.run_id, _d.kind, _d.task, _d.queue, _d.due_at, _d.worker, _d.p
 def list_dispatched(conn: Connection, flow_id: UUID, limit: int) -> list[Dispatched]:
     """What of a flow may need a worker: the drive row, then what is held, then by the time at which it is due."""
     mine = sa.select(*_DISPATCHED).where(_d.flow_id == flow_id)
-    return [
-        Dispatched(*row)
-        for row in conn.execute(mine.order_by(_d.kind != "drive", _d.worker.is_(None), _d.due_at).limit(limit))
-    ]
+    ordered = mine.order_by(_d.kind != "drive", _d.worker.is_(None), _d.due_at).limit(limit)
+    return [Dispatched(*row) for row in conn.execute(ordered)]
 
 
 @reads

@@ -19,6 +19,7 @@ from celery_flows.worker.flows import Flows
 from celery_flows.worker.lifecycle import Refused
 
 PAGE = 500
+BEFORE = 1000  # ids before the newest that may be missing only because their transactions are open
 LATE_SECONDS = 10.0  # a transaction that is open for longer may have its event left out
 
 
@@ -101,10 +102,10 @@ class Cursor:
         self._flows, self._flow_id, self._clock = flows, flow_id, clock
         known = flows.store.run(views.list_last_event_ids, max(last, 1), flow_id)
         self._first = known[len(known) - last :] if last else []
-        self._floor = known[-1] if known else 0
-        self._highest = self._floor
-        self._seen = set(known)
-        self._looks: deque[tuple[float, int]] = deque([(clock(), self._floor)])
+        self._highest = known[-1] if known else 0
+        self._floor = self._highest - BEFORE
+        self._seen = {*known, *flows.store.run(views.list_event_ids, self._floor, BEFORE, flow_id)}
+        self._looks: deque[tuple[float, int]] = deque([(clock(), self._highest)])
 
     @property
     def remembered(self) -> int:

@@ -125,15 +125,17 @@ def test_an_event_that_commits_late_is_told_all_the_same(databases: Databases, n
         bench = Bench(url)
         manager = FlowManager(store)
         flow_id, other = a_flow(manager), a_flow(manager)
-        cursor = Cursor(bench.flows, None, 0, clock=lambda: now[0])
-        with store.engine.begin() as late:
+        with store.engine.begin() as latest, store.engine.begin() as late:
+            open_before = store.using(latest).append_event(flow_id, "noted", {})
+            before = store.append_event(other, "noted", {})
+            cursor = Cursor(bench.flows, None, 0, clock=lambda: now[0])
             early = store.using(late).append_event(flow_id, "noted", {})
             after = store.append_event(other, "noted", {})
             assert list(cursor.new()) == [[after.id]]
-        assert early.id < after.id
+        assert open_before.id < before.id < early.id < after.id
         now[0] += LATE_SECONDS / 2
 
-        assert list(cursor.new()) == [[early.id]]
+        assert list(cursor.new()) == [[open_before.id, early.id]]
         assert list(cursor.new()) == []
         bench.close()
         store.close()
