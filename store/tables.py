@@ -166,6 +166,7 @@ flows = sa.Table(
     sa.Column("finished_at", UtcDateTime()),
     sa.Column("continued_as", sa.Uuid()),
     sa.Column("forked_from", sa.Uuid()),
+    sa.Column("retain_seconds", sa.BigInteger()),
     # Derived, so in no record and in no event:
     sa.Column("rest_at", UtcDateTime(), nullable=False),  # updated_at, but for records of a running flow
     sa.Column("wait_key", sa.Text()),  # what external events are matched by
@@ -178,7 +179,7 @@ flows = sa.Table(
     sa.Index(None, "status", "rest_at", "id"),
     sa.UniqueConstraint("controller_id", "idempotency_key"),
     _partial("ix_flows_idempotency_key", "idempotency_key IS NOT NULL", "idempotency_key"),
-    _partial("ix_flows_finished_at", "finished_at IS NOT NULL", "finished_at"),
+    _partial("ix_flows_ended", "finished_at IS NOT NULL", "retain_seconds", "status", "finished_at", "id"),
     _partial("ix_flows_wait_key", "wait_key IS NOT NULL", "wait_key", "rest_at", "id"),
     _partial("ix_flows_parent_flow_id", "parent_flow_id IS NOT NULL", "parent_flow_id"),
 )

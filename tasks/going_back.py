@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from celery_flows.store import (
-    Flow,
     FlowNotFound,
     FlowStatus,
     FlowStep,
@@ -80,9 +79,7 @@ def _begin(
     """Stores the flow with what it takes over, and publishes its drive message after the commit."""
     old = origin.flow
     definition = runtime.registry.require(old.controller_id, old.definition_version)
-    flow = Flow(
-        controller_id=definition.name,
-        definition_version=definition.version,
+    flow = definition.new_flow(
         goal=old.goal,
         owner_session_key=old.owner_session_key,
         requester_origin=old.requester_origin,

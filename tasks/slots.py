@@ -46,9 +46,7 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
         return schedule.due(now + AHEAD, last, zone)
 
     def flow_at(slot: datetime) -> tuple[Flow, Drive]:
-        flow = Flow(
-            controller_id=definition.name,
-            definition_version=definition.version,
+        flow = definition.new_flow(
             deadline_at=None if definition.timeout is None else slot + definition.timeout,
             owner_session_key="default",
             requester_origin="schedule",

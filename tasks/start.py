@@ -50,9 +50,7 @@ def start(
     store = runtime.store if caller is None else runtime.store.using(caller)
     encoded = definition.encoded_input(input)
     drive, told = drive_row(runtime, store, definition, options, definition.limit_key(encoded))
-    flow = Flow(
-        controller_id=definition.name,
-        definition_version=definition.version,
+    flow = definition.new_flow(
         deadline_at=deadline_of(store, definition, drive),
         goal=options.goal,
         owner_session_key=options.owner,
