@@ -104,8 +104,9 @@ def deadline_of(store: SqlFlowStore, definition: FlowDefinition[Any, Any], drive
     """When a flow has to have ended that begins as its drive row says, by the database's clock."""
     if definition.timeout is None:
         return None
+    now = store.run(op.now)
     held_back = timedelta(seconds=0.0 if drive.published else drive.first_pause)
-    return (drive.due_at or store.run(op.now) + held_back) + definition.timeout
+    return max(now, drive.due_at or now + held_back) + definition.timeout
 
 
 def _seconds(countdown: Any) -> float:
