@@ -58,7 +58,7 @@ from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSON, JSONB
 
 from celery_flows.store.models import FlowMode, FlowStatus, FlowStepStatus, StepRuntime
 
@@ -122,6 +122,9 @@ metadata = sa.MetaData(
 )
 
 Json = JsonText().with_variant(JSONB(none_as_null=True), "postgresql")
+# What programs are handed back, as they wrote it: jsonb sorts the keys of objects and makes 1e16 a whole number, so a
+# flow that goes through a result would come to other steps when it is replayed.
+Verbatim = JsonText().with_variant(JSON(none_as_null=True), "postgresql")
 BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
@@ -147,7 +150,7 @@ flows = sa.Table(
     sa.Column("owner_session_key", sa.Text(), nullable=False),
     sa.Column("requester_origin", sa.Text()),
     sa.Column("current_step", sa.Text()),
-    sa.Column("state_json", Json, nullable=False),
+    sa.Column("state_json", Verbatim, nullable=False),
     sa.Column("wait_json", Json),
     sa.Column("status", EnumText(FlowStatus), nullable=False),
     sa.Column("cancel_requested", sa.Boolean(), nullable=False),
@@ -155,8 +158,8 @@ flows = sa.Table(
     sa.Column("created_at", UtcDateTime(), nullable=False),
     sa.Column("updated_at", UtcDateTime(), nullable=False),
     sa.Column("mode", EnumText(FlowMode), nullable=False),
-    sa.Column("input_json", Json),
-    sa.Column("result_json", Json),
+    sa.Column("input_json", Verbatim),
+    sa.Column("result_json", Verbatim),
     sa.Column("error_json", Json),
     sa.Column("idempotency_key", sa.Text()),
     sa.Column("definition_version", sa.Integer(), nullable=False),
@@ -194,12 +197,12 @@ flow_steps = sa.Table(
     sa.Column("run_id", sa.Text(), nullable=False),
     sa.Column("task", sa.Text(), nullable=False),
     sa.Column("status", EnumText(FlowStepStatus), nullable=False),
-    sa.Column("result_json", Json),
+    sa.Column("result_json", Verbatim),
     sa.Column("created_at", UtcDateTime(), nullable=False),
     sa.Column("updated_at", UtcDateTime(), nullable=False),
     sa.Column("position", sa.Integer(), nullable=False),
     sa.Column("attempt", sa.Integer(), nullable=False),
-    sa.Column("args_json", Json),
+    sa.Column("args_json", Verbatim),
     sa.Column("error_json", Json),
     _one_of("status", FlowStepStatus, "status"),
     _one_of("runtime", StepRuntime, "runtime"),
@@ -265,7 +268,7 @@ flow_inbox = sa.Table(
     sa.Column("topic", sa.Text(), nullable=False),
     sa.Column("correlation_id", sa.Text(), nullable=False),
     sa.Column("event_key", sa.Text(), nullable=False),
-    sa.Column("payload_json", Json),
+    sa.Column("payload_json", Verbatim),
     sa.Column("created_at", UtcDateTime(), nullable=False),
     _flow_id(nullable=True, name="consumed_by"),
     sa.UniqueConstraint("id"),
