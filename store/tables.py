@@ -38,8 +38,9 @@ terminal closes its open steps and deletes all its rows.
 ``flow_limits`` has a row for each limit that is in use; its lock lets one at a time give slots. Who has a slot, and who
 queues for one, stands in the drive rows alone: ``limit_key`` says which limit a flow is under, for good; ``has_slot``
 that it may be claimed; ``queued_at`` and ``urgency`` its place in the queue. Slots are given under that lock, and freed
-by whoever may write the drive row. ``due_at`` is when somebody must look again, ``recent_starts`` when flows were let
-begin within the limit's last stretch of time, as seconds since 1970.
+by whoever may write the drive row. ``due_at`` is when somebody must look again, ``recent_starts`` when flows began
+within the limit's last stretch of time, as seconds since 1970, and the ids of those that were let begin and, when
+somebody looked last, had not.
 
 Who writes: ``operations.py`` (records), ``dispatch.py`` (claims, transitions, completions), ``inbox.py`` (events),
 ``children.py`` (child flows), ``limits.py`` (slots), ``health.py`` (heartbeats), each through ``postgresql.py`` or
