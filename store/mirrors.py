@@ -86,7 +86,7 @@ def _observe_statement() -> sa.TextualSelect:
     ahead = f"(x.attempt, {_RANK.format('x')}) > (t.attempt, {_RANK.format('t')})".replace("x.", "excluded.")
     types = {
         "id": "uuid", "flow_id": "uuid", "run_id": "text", "task": "text", "status": "text", "attempt": "integer",
-        "error": "jsonb", "called": "jsonb",
+        "error": "jsonb", "called": "json",
     }  # fmt: skip
     arrays = ", ".join(f"CAST(:{name} AS {type_}[])" for name, type_ in types.items())
     # FOR SHARE: whoever ends the flow waits for us, then closes what we open; or we wait, and open nothing.

@@ -115,6 +115,7 @@ class Flow(Record):
     parent_flow_id: UUID | None = None
     deadline_at: datetime | None = None
     paused_at: datetime | None = None  # while set, no worker drives the flow
+    retain_seconds: int | None = Field(default=None, ge=0)  # how long it is kept after its end; None: as is set
     finished_at: datetime | None = None  # set with every terminal status
     continued_as: UUID | None = None  # the flow that goes on for this one, with a fresh history
     forked_from: UUID | None = None  # the flow whose first steps this one has taken over

@@ -6,7 +6,7 @@ A decorator says how an operation is run; ``script.py`` carries it out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import Enum
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -541,39 +541,7 @@ def find_observed(conn: Connection, step: FlowStep, write_id: UUID) -> FlowStep 
     return None if mine is None else find_step_by_run_id(conn, step.flow_id, step.run_id)
 
 
-# ---- retention ------------------------------------------------------------------------------------------------------
-
-PRUNE_BATCH = 500
-
-
-@writes
-def prune_batch(conn: Connection, retain_days: int, batch: int = PRUNE_BATCH) -> int:
-    """Deletes at most ``batch`` flows that ended more than ``retain_days`` days ago, steps and events with them.
-
-    Raises:
-        InvalidData: for a negative number of days.
-    """
-    ended = prunable(conn, retain_days).order_by(flows.c.finished_at).limit(batch).with_for_update(skip_locked=True)
-    return conn.execute(sa.delete(flows).where(flows.c.id.in_(ended.scalar_subquery()))).rowcount
-
-
-def prunable(conn: Connection, retain_days: int) -> sa.Select[Any]:
-    """The ids of flows that ended more than ``retain_days`` days ago. A child whose parent is open is kept.
-    ``finished_at`` equals the last ``updated_at`` of a terminal row.
-
-    Raises:
-        InvalidData: for a negative number of days.
-    """
-    if retain_days < 0:
-        raise InvalidData("retain_days", "must not be negative")
-    try:
-        before = now(conn) - timedelta(days=retain_days)
-    except OverflowError:  # for ever
-        return sa.select(flows.c.id).where(sa.false())
-    parent = flows.alias("parent")
-    open_parent = sa.exists().where(parent.c.id == flows.c.parent_flow_id, parent.c.finished_at.is_(None))
-    ended = flows.c.finished_at < sa.literal(before, UtcDateTime())
-    return sa.select(flows.c.id).where(ended, flows.c.status.in_(TERMINAL), ~open_parent)
+# ---- the clock ------------------------------------------------------------------------------------------------------
 
 
 @reads

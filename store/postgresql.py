@@ -33,7 +33,7 @@ Row = Mapping[Any, Any]
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
 _TYPES = {c.name: c.type.compile(dialect=_DIALECT) for table in (flows, flow_steps) for c in table.c}
-_JSON = frozenset(name for name, type_ in _TYPES.items() if type_ == "JSONB")
+_JSON = frozenset(name for name, type_ in _TYPES.items() if type_ in ("JSON", "JSONB"))
 _FLOW = ", ".join(c.name for c in FLOW_COLUMNS)
 
 NOW = "statement_timestamp()"
@@ -110,8 +110,8 @@ def _change_statement(
 
 _STEP_SQL = f"""s AS (INSERT INTO flow_steps (id, flow_id, runtime, run_id, task, status, result_json, error_json,
     args_json, position, attempt, created_at, updated_at)
-  SELECT :s_id, u.id, 'managed', :s_run_id, :s_task, :s_status, {param("s_result", "jsonb")},
-    {param("s_error", "jsonb")}, {param("s_args", "jsonb")}, {param("s_position", "integer")},
+  SELECT :s_id, u.id, 'managed', :s_run_id, :s_task, :s_status, {param("s_result", "json")},
+    {param("s_error", "jsonb")}, {param("s_args", "json")}, {param("s_position", "integer")},
     {param("s_attempt", "integer")},
     u.updated_at - CAST(:s_elapsed AS bigint) * interval '1 microsecond', u.updated_at FROM u
   ON CONFLICT (flow_id, run_id) DO UPDATE SET status = excluded.status, result_json = excluded.result_json,
@@ -119,7 +119,7 @@ _STEP_SQL = f"""s AS (INSERT INTO flow_steps (id, flow_id, runtime, run_id, task
   WHERE flow_steps.status IN ('pending', 'running'))"""
 
 _MEMBER_TYPES = {
-    "id": "uuid", "run_id": "text", "task": "text", "position": "integer", "args": "jsonb", "queue": "text",
+    "id": "uuid", "run_id": "text", "task": "text", "position": "integer", "args": "json", "queue": "text",
     "priority": "smallint", "options": "jsonb", "kind": "text", "status": "text", "child_session_key": "text",
 }  # fmt: skip
 
@@ -296,7 +296,7 @@ def create(conn: Connection, flow: Flow, kind: str, told: str, wait_key: str | N
 
 
 _EACH = {
-    "id": "uuid", "key": "text", "input": "jsonb", "due": "timestamptz", "pause": "float8", "published": "int4",
+    "id": "uuid", "key": "text", "input": "json", "due": "timestamptz", "pause": "float8", "published": "int4",
     "limit_key": "text",
 }  # fmt: skip
 _OF_EACH = {"id": "i.id", "idempotency_key": "i.key", "input_json": "i.input", "created_at": NOW, "updated_at": NOW}
@@ -413,7 +413,7 @@ _COMPLETE = sa.text(
           WHERE run_id = :run_id AND kind IN ('step', 'child') AND fence = :fence
             AND worker IS NOT DISTINCT FROM CAST(:worker AS text)
           RETURNING flow_id, run_id, join_group),
-        s AS (UPDATE flow_steps t SET status = :status, result_json = CAST(:result AS jsonb),
+        s AS (UPDATE flow_steps t SET status = :status, result_json = CAST(:result AS json),
             error_json = CAST(:error AS jsonb), updated_at = {NOW}
           FROM r WHERE t.flow_id = r.flow_id AND t.run_id = r.run_id AND t.status IN ('pending', 'running')
           RETURNING r.flow_id),
@@ -470,7 +470,7 @@ def sweep(conn: Connection, limit: int, first: float, cap: float, begun: bool | 
 _OBSERVE = sa.text(
     f"""WITH s AS (INSERT INTO flow_steps (id, flow_id, runtime, child_session_key, run_id, task, status, result_json,
             error_json, position, attempt, created_at, updated_at)
-          SELECT :id, f.id, :runtime, :child_session_key, :run_id, :task, :status, CAST(:result_json AS jsonb),
+          SELECT :id, f.id, :runtime, :child_session_key, :run_id, :task, :status, CAST(:result_json AS json),
             CAST(:error_json AS jsonb), 0, 1, {NOW}, {NOW} FROM flows f WHERE f.id = :flow_id
             AND (f.finished_at IS NULL OR :status NOT IN ('pending', 'running'))
           ON CONFLICT (flow_id, run_id) DO UPDATE SET status = excluded.status,

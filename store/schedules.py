@@ -25,6 +25,7 @@ _h = flow_heartbeats.c
 Overlap = Literal["allow", "skip", "wait"]  # what becomes of a slot while the flow of the one before is open
 
 Due = Callable[[datetime, datetime | None], Sequence[datetime]]  # of now, and the slot seen to last (None: never)
+FlowAt = Callable[[datetime, datetime], tuple[Flow, Drive]]  # of a slot, and when its flow begins
 
 
 @dataclass(slots=True)
@@ -37,14 +38,12 @@ class Seen:
 
 
 @writes
-def start_due(
-    conn: Connection, name: str, due: Due, flow_at: Callable[[datetime], tuple[Flow, Drive]], overlap: Overlap
-) -> Seen:
+def start_due(conn: Connection, name: str, due: Due, flow_at: FlowAt, overlap: Overlap) -> Seen:
     """Starts a flow for each slot that is due, all in one transaction.
 
     Args:
         due: says which slots are.
-        flow_at: makes the flow of a slot, and its drive row.
+        flow_at: makes the flow of a slot, which begins at a time, and its drive row.
         overlap: while the flow of the last slot is open, a slot has one all the same, or is passed over, or waits: then
             it and what comes after it is not seen to yet.
     """
@@ -62,7 +61,7 @@ def start_due(
                 break
             seen.skipped.append(slot)
             continue
-        flow, drive = flow_at(slot)
+        flow, drive = flow_at(slot, max(slot, at))
         begins = drive if slot <= at else replace(drive, due_at=slot, published=False)
         if create_flow(conn, flow, {"slot": slot.isoformat()}, begins):
             (seen.started if begins.published else seen.held_back).append(flow.id)

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from celery_flows.store.models import FlowStatus
-from celery_flows.store.operations import dialect, now, prunable, reads, reads_snapshot
+from celery_flows.store.operations import dialect, now, reads, reads_snapshot
 from celery_flows.store.tables import UtcDateTime, flow_dispatch, flow_inbox, flows
 
 BOUND = 10_000  # rows that are looked at, at most, for one figure
@@ -99,16 +99,6 @@ def take(conn: Connection, published_seconds: float) -> Statistics:
 def count_flows(conn: Connection) -> Count:
     """How many flows there are, in whatever status."""
     return _count(conn, sa.select(_f.id))
-
-
-@reads
-def count_prunable(conn: Connection, retain_days: int) -> Count:
-    """How many flows a prune would delete now.
-
-    Raises:
-        InvalidData: for a negative number of days.
-    """
-    return _count(conn, prunable(conn, retain_days))
 
 
 def _of(status: FlowStatus) -> sa.Select[Any]:

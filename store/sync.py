@@ -12,12 +12,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from celery_flows.store import operations as op
-from celery_flows.store import schema, script, sqlite
+from celery_flows.store import pruning, schema, script, sqlite
 from celery_flows.store.base import FlowStore
 from celery_flows.store.changes import Change
 from celery_flows.store.engines import dialect_of, make_engine
 from celery_flows.store.models import Flow, FlowEvent, FlowStatus, FlowStep, new_id
 from celery_flows.store.operations import Mode
+from celery_flows.store.pruning import Retention
 from celery_flows.store.script import Call, Pause, Script
 from celery_flows.store.transitions import Transition
 
@@ -86,13 +87,14 @@ class SqlFlowStore(FlowStore):
     def attempt(self, call: Call, settled: Call | None = None, again: dict[str, Any] | None = None, **how: Any) -> Any:
         """:func:`script.attempts`, played; within the caller's transaction a single try."""
         if self._connection is None:
-            return self._play(script.attempts(call, settled, again, **how))
+            return self.play(script.attempts(call, settled, again, **how))
         try:
             return call.operation(self._connection, *call.args, **call.kwargs)
         except SQLAlchemyError as error:
             raise script.translated(error) from error
 
-    def _play(self, todo: Script[T]) -> T:
+    def play(self, todo: Script[T]) -> T:
+        """Carries out a script, each of its calls in a transaction of its own, or all in the caller's."""
         try:
             step = next(todo)
             while True:
@@ -110,6 +112,8 @@ class SqlFlowStore(FlowStore):
         if isinstance(step, Pause):
             time.sleep(step.seconds)
             return None
+        if self._connection is not None:
+            return step.operation(self._connection, *step.args, **step.kwargs)
         engine = self._engines[step.operation.mode]  # type: ignore[attr-defined]
         with self._transaction(engine) as connection:
             return step.operation(connection, *step.args, **step.kwargs)
@@ -163,10 +167,7 @@ class SqlFlowStore(FlowStore):
         return stored, op.event_of(change, stored, event_id)
 
     def prune_terminal_flows(self, retain_days: int) -> int:
-        pruned = 0
-        while (count := self.run(op.prune_batch, retain_days)) > 0:
-            pruned += count
-        return pruned
+        return self.play(pruning.prune(Retention(retain_days, retain_days)))
 
     # ---- beyond the contract ----
 

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import sqlalchemy as sa
 
 from celery_flows.store import (
-    Flow,
     FlowError,
     FlowStatus,
     FlowStep,
@@ -180,9 +179,7 @@ class Driver(Telling):
         if self.claim.parent_run_id is not None:
             raise InvalidData("restart_as", "is not for child flows: their parents wait for them")
         definition = self.runtime.registry.require(self.flow.controller_id)
-        flow = Flow(
-            controller_id=definition.name,
-            definition_version=definition.version,
+        flow = definition.new_flow(
             goal=self.flow.goal,
             owner_session_key=self.flow.owner_session_key,
             requester_origin=self.flow.requester_origin,

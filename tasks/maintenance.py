@@ -4,17 +4,16 @@ they did. Each leaves a heartbeat, by which it is known that somebody does it.""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
 from uuid import UUID
 
-from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, health, inbox, limits
-from celery_flows.store import operations as op
+from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, health, inbox, limits, pruning
 from celery_flows.store.audit import Finding
 from celery_flows.store.changes import Completion, Holder
 from celery_flows.store.dispatch import Swept
+from celery_flows.store.pruning import Archive, Progress, Retention
 from celery_flows.tasks import slots
 from celery_flows.tasks.admission import give_due
 from celery_flows.tasks.children import settle_child
@@ -125,22 +124,48 @@ def _hand_over_event(runtime: Runtime, event_id: str) -> int:
     return handed
 
 
-def prune(runtime: Runtime, retain_days: int | None = None, progress: Callable[[int], object] = lambda _: None) -> int:
-    """Deletes terminal flows past their retention, in bounded batches; says how many. None: ``flow_retain_days``.
-    ``progress`` is told after each batch how many are gone.
+def prune(
+    runtime: Runtime,
+    retain_days: int | None = None,
+    *,
+    archive: Archive | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Deletes ended flows that are past their retention, in bounded batches; says how many.
+
+    Args:
+        retain_days: how long those are kept that say nothing themselves; None: ``flow_retain_days``, and
+            ``flow_retain_failed_days`` for those that failed.
+        archive: is handed what is deleted, in place of the one that the application set; see :func:`pruning.prune`.
+        progress: is told how many have been deleted so far, after each batch.
 
     Raises:
         InvalidData: for a negative number.
     """
-    days = runtime.settings.retain_days if retain_days is None else retain_days
-    pruned = 0
-    while (count := runtime.store.run(op.prune_batch, days)) > 0:
-        pruned += count
-        progress(pruned)
+    archive = runtime.archive if archive is None else archive
+    pruned = runtime.store.play(pruning.prune(retention(runtime, retain_days), archive=archive, progress=progress))
     runtime.store.run(limits.prune)
-    log.info("pruned %d flows that ended more than %d days ago", pruned, days)
+    log.info("pruned %d flows", pruned)
     heartbeat(runtime, PRUNE, DAY_SECONDS, pruned=pruned)
     return pruned
+
+
+def count_prunable(runtime: Runtime, retain_days: int | None = None, *, most: int = 1_000_000) -> int:
+    """How many flows :func:`prune` would delete now; it stops counting at ``most``.
+
+    Raises:
+        InvalidData: for a negative number.
+    """
+    return runtime.store.play(pruning.count(retention(runtime, retain_days), most))
+
+
+def retention(runtime: Runtime, retain_days: int | None = None) -> Retention:
+    """For how long ended flows are kept that say nothing of it; None: as is set."""
+    settings = runtime.settings
+    if retain_days is not None:
+        return Retention(retain_days, retain_days)
+    failed_days = settings.retain_failed_days
+    return Retention(settings.retain_days, 3 * settings.retain_days if failed_days is None else failed_days)
 
 
 def verify_sample(runtime: Runtime, size: int = 100) -> list[Finding]:

@@ -140,9 +140,11 @@ class Replay:
         return self._counts[name]
 
     def taken_with(self, place: Place, **told: Any) -> str | None:
-        """What the step's row keeps of how it was taken, as JSON text: what its place does, whether it cleans up, and
-        what is told."""
+        """What the step's row keeps of how it was taken, as JSON text: what its place does, whether it cleans up or
+        undoes, and what is told."""
         kept = {**told, **place.kept(), **({"cleanup": True} if self.cleaning else {})}
+        if self.undoing:
+            kept["undoing"] = True
         return json.dumps(kept) if kept else None
 
     def find(self, place: Place, *, waits: bool = False) -> FlowStep | None:
@@ -234,6 +236,11 @@ def is_wait(step: FlowStep) -> bool:
 def is_cleanup(step: FlowStep) -> bool:
     """Whether the step was taken to clean up."""
     return isinstance(step.args_json, Mapping) and bool(step.args_json.get("cleanup"))
+
+
+def is_undoing(step: FlowStep) -> bool:
+    """Whether the step was taken to clean up, or by ``run.undo()``."""
+    return is_cleanup(step) or (isinstance(step.args_json, Mapping) and bool(step.args_json.get("undoing")))
 
 
 def run_id_of(flow_id: UUID, name: str, count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, cast, overload
 from uuid import UUID, uuid5
@@ -94,8 +94,7 @@ class Run:
             InvalidData: arguments or result cannot be JSON.
         """
         if isinstance(work, Task | Signature):
-            signature = work.s(*args, **kwargs) if isinstance(work, Task) else work
-            return self._gather([signature], How())[0]
+            return self._gather([_signature("step", work, args, kwargs)], How())[0]
         return run_inline(self._replay, self._options, work, args, kwargs)
 
     def transaction(self, work: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -208,12 +207,11 @@ class Run:
         error, and the others are run all the same.
         """
         self._replay.refuse_inside("on_failure")
-        if isinstance(undo, Task):
-            undo, args, kwargs = undo.s(*args, **kwargs), (), {}
+        if isinstance(undo, Task | Signature):
+            undo, args, kwargs = _signature("on_failure", undo, args, kwargs), (), {}
+            Gather.check([undo], self._options)
         elif not callable(undo):
             raise InvalidData("on_failure", f"takes a function or a Celery task, not {type(undo).__name__}")
-        if isinstance(undo, Signature):
-            Gather.check([undo], self._options)
         self._replay.undos.append(Undo(self._options, undo, args, kwargs))
 
     def undo(self) -> list[str]:
@@ -349,3 +347,11 @@ class Run:
     def _without_options(self) -> None:
         if self._options != StepOptions():
             raise InvalidData("run.options()", "is for step, transaction, flow, gather, first and on_failure")
+
+
+def _signature(what: str, work: Task[..., Any] | Signature[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if isinstance(work, Task):
+        return work.s(*args, **kwargs)
+    if args or kwargs:
+        raise InvalidData(what, "is given arguments beside a signature, which has its own: write task.s(…) with all")
+    return work

@@ -16,6 +16,7 @@ from celery.utils.imports import import_from_cwd
 
 from celery_flows.store import FlowManager, InvalidData, SqlFlowStore, dispatch, schema
 from celery_flows.store.engines import make_engine
+from celery_flows.store.pruning import Archive
 from celery_flows.store.script import Call
 from celery_flows.tasks.ahead import Ahead
 from celery_flows.tasks.interrupts import Interrupts
@@ -40,6 +41,7 @@ class Runtime:
         self.interrupts = Interrupts()
         self.ahead = Ahead()
         self.mirror_rules: list[MirrorRule] = []
+        self.archive: Archive | None = None  # takes what is pruned
         self._store = store
         self._opening = threading.Lock()
         refer = weakref.WeakMethod(self._after_fork)

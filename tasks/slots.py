@@ -45,11 +45,9 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
     def due(now: datetime, last: datetime | None) -> list[datetime]:
         return schedule.due(now + AHEAD, last, zone)
 
-    def flow_at(slot: datetime) -> tuple[Flow, Drive]:
-        flow = Flow(
-            controller_id=definition.name,
-            definition_version=definition.version,
-            deadline_at=None if definition.timeout is None else slot + definition.timeout,
+    def flow_at(slot: datetime, begins_at: datetime) -> tuple[Flow, Drive]:
+        flow = definition.new_flow(
+            deadline_at=None if definition.timeout is None else begins_at + definition.timeout,
             owner_session_key="default",
             requester_origin="schedule",
             idempotency_key=f"slot {slot.isoformat()}",

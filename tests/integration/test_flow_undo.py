@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from celery_flows import FlowCancelled, FlowFailed, FlowStatus, Retry, Run, StepFailed
+from celery_flows import FlowCancelled, FlowFailed, FlowStatus, InvalidData, Retry, Run, StepFailed
 from celery_flows.store import FlowStepStatus, dispatch
 from celery_flows.store.changes import Completion
 from celery_flows.store.engines import make_engine
@@ -248,3 +248,23 @@ def test_a_saga_ends_undone_under_a_fault_at_every_call(make_bench: MakeBench, s
     else:
         raise AssertionError(f"the flow makes more than {MOST_CALLS} calls: {struck}")
     assert {"create_flow", "claim_drive", "change_flow", "claim_step", "complete_step", "drain"} <= set(struck)
+
+
+def test_arguments_beside_a_signature_are_not_dropped_without_a_word(bench: Bench) -> None:
+    @bench.task("refund")
+    def refund(order: str, cents: int = 100) -> None:
+        bench.effects.append((order, cents))
+
+    told: list[str] = []
+
+    @bench.flows.flow("orders")
+    def orders(run: Run) -> None:
+        untyped: Any = run
+        for call in (untyped.step, untyped.on_failure):
+            with pytest.raises(InvalidData) as refused:
+                call(refund.s("o-1"), 5000)
+            told.append(str(refused.value))
+
+    bench.finish(orders.start())
+    assert bench.effects == []
+    assert [line.split(": ")[0] for line in told] == ["step", "on_failure"]

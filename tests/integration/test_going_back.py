@@ -400,6 +400,46 @@ def test_a_flow_that_cleaned_up_is_not_retried_but_forked(bench: Bench, shop: Sh
         handle.fork(from_step="undone")
 
 
+@pytest.mark.parametrize("how", ["here", "elsewhere"])
+def test_nor_is_one_that_undid_before_it_failed(bench: Bench, shop: Shop, how: str) -> None:
+    """What was undone would be read back as done."""
+
+    @bench.flows.flow("undoes by hand")
+    def flow(run: Run) -> None:
+        run.step(shop.note, "booked")
+        run.on_failure(shop.note if how == "here" else shop.task, "cancelled")
+        try:
+            run.step(shop.note, "broken")
+        except StepFailed:
+            run.undo()
+            raise
+
+    shop.fails = {"broken"}
+    handle = flow.start()
+    fail(bench, handle)
+    with pytest.raises(IllegalTransition, match="it has cleaned up"):
+        handle.retry()
+
+
+def test_one_that_undid_and_went_on_is_retried(bench: Bench, shop: Shop) -> None:
+    @bench.flows.flow("goes on")
+    def flow(run: Run) -> str:
+        run.step(shop.note, "booked")
+        run.on_failure(shop.note, "cancelled")
+        try:
+            run.step(shop.note, "broken")
+        except StepFailed:
+            run.undo()
+        return run.step(shop.note, "another way")
+
+    shop.fails = {"broken", "another way"}
+    handle = flow.start()
+    fail(bench, handle)
+    shop.fails = set()
+    assert bench.finish(handle.retry()) == "another way done"
+    assert shop.ran() == ["booked", "broken", "cancelled", "another way", "another way"]
+
+
 def test_neither_is_one_whose_failure_was_undone(bench: Bench, shop: Shop) -> None:
     @bench.flows.flow("undoes")
     def flow(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from celery_flows import FlowCancelled, FlowFailed, Permanent
 from celery_flows.store import FlowStatus
 from celery_flows.store.engines import make_async_engine
 from celery_flows.store.tables import flow_inbox, flows
+from celery_flows.tasks import maintenance
 from tests.support.bench import Bench
 from tests.support.waiting import until
 
@@ -146,6 +148,16 @@ def book(bench: Bench) -> Book:
 @pytest.fixture
 def guide(book: Book, page: str) -> Any:
     return book.open(page)
+
+
+@reads("retention")
+def test_flows_are_kept_as_long_as_they_say(bench: Bench, book: Book, page: str, tmp_path: Path) -> None:
+    uploaded: list[str] = []
+    guide = book.open(page, folder=tmp_path, uploaded=uploaded)
+    bench.finish(guide.heartbeat.start())
+    bench.finish(guide.invoice.start("order-1"))
+    assert maintenance.prune(bench.runtime, 0) == 1
+    assert [json.loads(line)["flow"]["controller_id"] for line in uploaded] == ["shop/heartbeat"]
 
 
 @reads("index")

@@ -265,3 +265,21 @@ def test_a_flow_with_a_schedule_takes_its_slot_or_nothing(bench: Bench) -> None:
 
         @bench.flows.flow("hourly", schedule=HOUR)
         def hourly(run: Run, n: int) -> None: ...
+
+
+def test_a_slot_that_is_made_up_for_has_its_whole_time(bench: Bench) -> None:
+    """Its deadline counted from the slot, and had passed before it was begun."""
+
+    @bench.flows.flow("nightly", schedule=timedelta(hours=4), timeout=timedelta(hours=1))
+    def nightly(run: Run, slot: datetime) -> str:
+        return run.step(str, "made")
+
+    at = bench.store.run(op.now)
+    seen = {"slot": (at - timedelta(hours=12)).isoformat(), "flow_id": None}
+    with bench.store.engine.begin() as connection:
+        row = {"name": "schedule nightly", "at": at, "every_seconds": 0.0, "report": seen}
+        connection.execute(sa.insert(flow_heartbeats).values(row))
+    assert slots.try_to_start(bench.runtime, nightly) == 1
+    bench.work()
+    [flow] = bench.flows.search()
+    assert (flow.status, flow.error_json) == (FlowStatus.FINISHED, None)

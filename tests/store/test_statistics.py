@@ -71,17 +71,3 @@ def test_beyond_the_bound_a_number_says_that_it_is_not_exact(
     assert unknown.precision in (("estimate", "at least") if is_postgresql else ("at least",))
     assert known == (Count(5, "estimate") if is_postgresql else Count(3, "at least"))
     assert store.run(statistics.take, 300.0).recent.flows == 3
-
-
-def test_what_is_said_to_be_pruned_is_what_prune_deletes(store: SqlFlowStore) -> None:
-    manager = FlowManager(store)
-    flows = [manager.create_managed(controller_id="a", owner_session_key="ada") for _ in range(3)]
-    parent = manager.create_managed(controller_id="a", owner_session_key="ada")
-    kept = manager.create_managed(controller_id="a", owner_session_key="ada", parent_flow_id=parent.id)
-    for flow in [*flows, kept]:
-        manager.cancel(flow.id)
-
-    assert store.run(statistics.count_prunable, 30) == Count(0)
-    assert store.run(statistics.count_prunable, 0) == Count(3)
-    assert store.prune_terminal_flows(0) == 3
-    assert store.run(statistics.count_prunable, 0) == Count(0)

@@ -12,6 +12,7 @@ from uuid import UUID
 import click
 
 from celery_flows.store import audit, statistics
+from celery_flows.store.statistics import Count
 from celery_flows.tasks import maintenance
 from celery_flows.worker import output
 from celery_flows.worker.cli import shapes
@@ -30,7 +31,10 @@ def sweep(flows: Flows, as_json: bool) -> None:
 
 
 @command(prints=shapes.Pruned)
-@click.option("--retain-days", type=click.IntRange(0, 36_500), help="Default: flow_retain_days.")
+@click.option(
+    "--retain-days", type=click.IntRange(0, 36_500),
+    help="Of all that say nothing themselves. Default: as is set, for longer if they failed.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Delete nothing; count what would go, up to 10,000.")
 @say_yes("deleting")
 def prune(flows: Flows, retain_days: int | None, dry_run: bool, yes: bool, as_json: bool) -> None:
@@ -38,20 +42,26 @@ def prune(flows: Flows, retain_days: int | None, dry_run: bool, yes: bool, as_js
 
     Their steps and events go with them.
     """
-    days = flows.settings.retain_days if retain_days is None else retain_days
-    count = None if yes and not dry_run else flows.store.run(statistics.count_prunable, days)
-    told: dict[str, Any] = {"retain_days": days, "pruned": 0}
+    count = None if yes and not dry_run else _prunable(flows, retain_days)
+    told: dict[str, Any] = {"pruned": 0}
     if dry_run:
         told["would_prune"] = asdict(count) if count else None
-        line = f"{count} flows would be pruned: they ended more than {days} days ago"
+        line = f"{count} flows would be pruned"
     else:
         is_nothing = count is not None and count.number == 0 and sys.stdin.isatty()  # a script is to say it always
-        what = f"This deletes {count} flows that ended more than {days} days ago, with their histories"
+        what = f"This deletes {count} flows that are past their retention, with their histories"
         confirm(what, yes=yes or is_nothing)
-        with progress("pruning", count.number if count else None) as progressed:
-            told["pruned"] = maintenance.prune(flows.runtime, days, progressed)
+        total = count.number if count is not None and count.precision == "exact" else None
+        with progress("pruning", total) as progressed:
+            told["pruned"] = maintenance.prune(flows.runtime, retain_days, progress=progressed)
         line = f"{told['pruned']} flows pruned"
     output.show_json(told) if as_json else click.echo(line)
+
+
+def _prunable(flows: Flows, retain_days: int | None) -> Count:
+    """How many would go, as far as it is worth counting before one is asked."""
+    number = maintenance.count_prunable(flows.runtime, retain_days, most=statistics.BOUND + 1)
+    return Count(number) if number <= statistics.BOUND else Count(statistics.BOUND, "at least")
 
 
 @command(prints=shapes.Verified)

@@ -40,6 +40,7 @@ class Flow(TypedDict):
     deadline_at: Time | None
     paused_at: Time | None
     finished_at: Time | None
+    retain_seconds: int | None  # for how long it is kept after its end; None: as is set
     input_json: NotRequired[Any]  # this and what follows: with --payloads
     state_json: NotRequired[dict[str, Any]]
     result_json: NotRequired[Any]
@@ -153,7 +154,6 @@ class Count(TypedDict):
 
 
 class Pruned(TypedDict):
-    retain_days: int
     pruned: int  # 0 with --dry-run
     would_prune: NotRequired[Count]  # with --dry-run
 

@@ -53,7 +53,7 @@ def test_prune_asks_before_it_deletes_and_heeds_a_no(project: Project, store: Sq
 
     code, shown = project.on_terminal(*FLOW, "prune", typed="n\n")
     assert (code, store.get(flow_id) is not None) == (1, True)
-    assert "This deletes 1 flows that ended more than 30 days ago, with their histories. Go on? [y/N]" in shown
+    assert "This deletes 1 flows that are past their retention, with their histories. Go on? [y/N]" in shown
 
     code, shown = project.on_terminal(*FLOW, "prune", typed="y\n")
     assert (code, store.get(flow_id)) == (0, None)
