@@ -79,6 +79,7 @@ def facts(flow: Flow, queued_at: datetime | None, *, payloads: bool) -> list[tup
         "started": moment(flow.created_at),
         "ended": moment(flow.finished_at),
         "took": duration((flow.finished_at - flow.created_at).total_seconds()) if flow.finished_at else None,
+        "kept after its end": None if flow.retain_seconds is None else duration(flow.retain_seconds),
         "has to end by": None if flow.finished_at else moment(flow.deadline_at),
         "waits for": flow.wait_json and describe_wait(flow.wait_json),
         "queues for a slot": queued_at and f"since {moment(queued_at)}",

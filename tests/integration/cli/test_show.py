@@ -128,6 +128,12 @@ def test_show_of_many_steps_shows_the_last_and_counts_them_all(project: Project,
     assert shown.stderr == "there is more before that: --events shows it\n"
 
 
+def test_show_tells_for_how_long_a_flow_is_kept(project: Project, store: SqlFlowStore) -> None:
+    flow_id = a_flow(FlowManager(store), retain_seconds=90 * 86_400)
+
+    assert "kept after its end\t90 d 0 h" in project.done("show", str(flow_id)).splitlines()
+
+
 def test_show_tells_of_which_flow_it_is_a_fork(project: Project, store: SqlFlowStore) -> None:
     forked = Flow(controller_id="orders/import", owner_session_key="ada", forked_from=uuid4())
     store.insert(forked)
