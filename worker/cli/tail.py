@@ -115,8 +115,8 @@ class Cursor:
     def new(self) -> Iterator[list[int]]:
         """What has come since the last time, in pages."""
         if self._first:
-            first, self._first = self._first, []
-            yield first
+            yield self._first
+            self._first = []  # once they have been read, as below
         after = self._floor
         while ids := self._flows.store.run(views.list_event_ids, after, PAGE, self._flow_id):
             after = ids[-1]
