@@ -19,6 +19,7 @@ from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.approval import Approval, approval_key
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.errors import FlowCancelled, FlowFailed, ResultTimedOut
+from celery_flows.tasks.failures import cause_of
 from celery_flows.tasks.polling import apoll
 from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
@@ -84,8 +85,8 @@ class FlowHandle(Generic[Out]):
         if flow.status is FlowStatus.FAILED:
             error = flow.error_json or {}
             reason = flow.state_json.get("failure", {}).get("reason", "unknown")
-            undo_failed = error.get("undo_failed", ())
-            raise FlowFailed(flow.id, reason, error.get("type", "unknown"), error.get("message", ""), undo_failed)
+            what = error.get("type", "unknown"), error.get("message", "")
+            raise FlowFailed(flow.id, reason, *what, error.get("undo_failed", ()), cause_of(error))
         definition = self._runtime.registry.get(flow.controller_id, flow.definition_version) or self._definition
         result: Out = flow.result_json if definition is None else definition.output.decode("result", flow.result_json)
         return result

@@ -11,7 +11,8 @@ from uuid import UUID
 from celery_flows.store import Flow, FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.models import new_id
 from celery_flows.store.taking_over import Origin, Taken
-from celery_flows.tasks.errors import WaitTimedOut, failure_of
+from celery_flows.tasks.errors import WaitTimedOut
+from celery_flows.tasks.failures import failure_of
 from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.replay import FORK, is_cleanup, is_wait, run_id_by, run_id_of
 from celery_flows.tasks.wait_steps import WAIT_TIMED_OUT

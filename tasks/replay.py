@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import UUID, uuid5
 
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
-from celery_flows.tasks.errors import FlowCancelled, HistoryMismatch, failure_of
+from celery_flows.tasks.errors import FlowCancelled, HistoryMismatch
+from celery_flows.tasks.failures import failure_of
 from celery_flows.tasks.interrupts import IN_PEACE, Interruptible
 from celery_flows.tasks.payloads import Codec
 
