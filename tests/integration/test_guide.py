@@ -222,7 +222,7 @@ def test_payment_a_decision_or_a_time_is_awaited(bench: Bench, guide: Any) -> No
     bench.work()
     bench.flows.emit("payment", "a", {"cents": 5})
     free.approve("for free", by="ann")
-    assert [bench.finish(handle) for handle in (paid, free)] == ["paid", "for free"]
+    assert [bench.finish(handle) for handle in (paid, free)] == ["paid 5", "free"]
 
 
 @reads("fan-out")
