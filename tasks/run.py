@@ -325,7 +325,7 @@ class Run:
     def restart_as(self, input: Any = None) -> NoReturn:
         """Ends this flow, and has a new one go on for it: same definition in its latest version, same owner and key,
         this input, a fresh history. For flows without an end, whose history would grow for ever. Does not return; what
-        :meth:`on_failure` was told is forgotten. ``handle.result()`` of this flow waits for the one that goes on.
+        :meth:`on_failure` was told is forgotten. Handles of this flow speak for the one that goes on.
 
         Raises:
             InvalidData: the input is not what the flow takes, or cannot be JSON; or this is a child flow, or cleans up.

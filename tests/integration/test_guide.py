@@ -295,6 +295,9 @@ def test_a_meter_is_read_through_its_lives(bench: Bench, guide: Any) -> None:
             bench.flows.handle(flow.id).resume()
     assert handle.result(0) == 102
     assert handle.get().continued_as is not None
+    assert guide.is_read(handle)
+    assert guide.history_of(handle)[0].kind == "continued"
+    assert bench.flows.search(key="meter 1")
 
 
 @reads("versions")
