@@ -180,7 +180,8 @@ class FlowHandle(Generic[Out]):
 
         Returns:
             True: the flow asks for it, and this is the answer. False: it is kept, for the flow does not ask yet, or has
-            its answer already. With ``session`` as it looks before your commit: another answer may still come first.
+            its answer already. With ``session`` as it looks before your commit: another answer may still come first; as
+            one to another question may, where ``run.first`` waits for several.
 
         Raises:
             InvalidData: a name is empty or too long.
