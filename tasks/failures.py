@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from celery_flows.store.errors import FlowError
 from celery_flows.tasks.errors import StepFailed, StepLost, StepTimedOut
 from celery_flows.tasks.payloads import as_text, describe
 
@@ -23,6 +24,12 @@ def cause_of(error: Mapping[str, Any]) -> StepFailed | None:
     """The failure of the step that a flow with this kept error has failed of; None: it was no step's."""
     cause = error.get("cause")
     return None if cause is None else failure_of(cause["step"], cause)
+
+
+def is_of_engine(kind: type[FlowError], error: Mapping[str, Any] | None) -> bool:
+    """Whether this is kept of a failure of this kind that we say a step has come to."""
+    told = error or {}
+    return told.get("type") == kind.__name__ and bool(told.get(ENGINE))
 
 
 def of_engine(kind: type[StepFailed], message: str) -> dict[str, Any]:

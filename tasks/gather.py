@@ -15,6 +15,7 @@ from celery_flows.store.changes import Join, Member, StepWrite
 from celery_flows.tasks.awaited import Awaited, Decision, Event, awaiting, give_back
 from celery_flows.tasks.children import ChildFlow, check_depth, child_member
 from celery_flows.tasks.errors import FlowCancelled, StepFailed
+from celery_flows.tasks.failures import is_of_engine
 from celery_flows.tasks.inline import InlineStep
 from celery_flows.tasks.members import Remote, codec_of, member_name, member_of
 from celery_flows.tasks.options import StepOptions, options_of
@@ -190,8 +191,7 @@ class Gather:
         members = [step for step in self._known().values() if step is not None]
         failed = [step for step in members if step.status is FlowStepStatus.FAILED]
         # Children that were cancelled because of the failure are not the failure.
-        of_themselves = (step for step in failed if (step.error_json or {}).get("type") != FlowCancelled.__name__)
-        return next(of_themselves, failed[0])
+        return next((step for step in failed if not is_of_engine(FlowCancelled, step.error_json)), failed[0])
 
     # ---- the join ----
 

@@ -14,7 +14,7 @@ from celery_flows.store.taking_over import Origin, Taken
 from celery_flows.tasks.errors import WaitTimedOut
 from celery_flows.tasks.failures import failure_of
 from celery_flows.tasks.payloads import describe
-from celery_flows.tasks.replay import FORK, is_cleanup, is_wait, member_of, run_id_by, run_id_of
+from celery_flows.tasks.replay import FORK, given_as, is_cleanup, is_wait, run_id_by, run_id_of
 from celery_flows.tasks.wait_steps import WAIT_TIMED_OUT
 
 LISTED = 30  # step names that an error tells
@@ -160,11 +160,11 @@ def _run_id(old_id: UUID, flow_id: UUID, step: FlowStep, counts: Counter[tuple[s
     """The step's run id in the flow; the steps are asked for in the order of their places."""
     if (key := key_of(step)) is not None:
         return run_id_by(flow_id, step.task, key)
-    names = step.task, member_of(step)
+    names = step.task, given_as(step)
     for count in range(counts[names] + 1, step.position + 1):
-        if run_id_of(old_id, step.task, count, member_of(step)) == step.run_id:
+        if run_id_of(old_id, step.task, count, given_as(step)) == step.run_id:
             counts[names] = count
-            return run_id_of(flow_id, step.task, count, member_of(step))
+            return run_id_of(flow_id, step.task, count, given_as(step))
     raise InvalidData(f"step {step.task}", f"has a run id that its flow did not give it: {step.run_id}")
 
 

@@ -162,11 +162,12 @@ class Replay:
         one that ``waits`` where this one does not, the function is not the one that history was made by, and does not
         go on."""
         known = self.driver.history.get(place.run_id)
-        if known is None:
+        # Members that have names may have changed places, so one that is known may hide that another is not.
+        if known is None or place.member is not None:
             other = self.driver.recorded_at(place.position)
             if other is not None and other.run_id not in self._reached:
                 self.driver.refuse_history(HistoryMismatch(_shown(other), place.shown, place.position))
-        elif is_wait(known) != waits:
+        if known is not None and is_wait(known) != waits:
             self.driver.refuse_history(HistoryMismatch(known.task, f"{place.name}, which is another", place.position))
         return known
 
@@ -248,7 +249,7 @@ def is_cleanup(step: FlowStep) -> bool:
     return isinstance(step.args_json, Mapping) and bool(step.args_json.get("cleanup"))
 
 
-def member_of(step: FlowStep) -> str | None:
+def given_as(step: FlowStep) -> str | None:
     """The name by which the step was given as a member of several."""
     return step.args_json.get(MEMBER) if isinstance(step.args_json, Mapping) else None
 
@@ -259,7 +260,7 @@ def shown(name: str, member: str | None) -> str:
 
 
 def _shown(step: FlowStep) -> str:
-    return shown(step.task, member_of(step))
+    return shown(step.task, given_as(step))
 
 
 def run_id_of(flow_id: UUID, name: str, count: int, member: str | None = None) -> str:

@@ -15,7 +15,7 @@ from rich.cells import cell_len, set_cell_size
 
 from celery_flows.store import Flow, FlowEvent, FlowMode, FlowStep
 from celery_flows.store.engines import parse_url
-from celery_flows.tasks.replay import member_of, shown
+from celery_flows.tasks.replay import given_as, shown
 
 
 def show_json(value: Any) -> None:
@@ -124,7 +124,7 @@ EVENT_COLUMNS = ("at", "revision", "event", "about")
 def step_row(step: FlowStep) -> list[object]:
     took = f"{(step.updated_at - step.created_at).total_seconds():.3f} s" if step.status.is_terminal else None
     error = step.error_json and step.error_json["type"]
-    name = shown(step.task, member_of(step))
+    name = shown(step.task, given_as(step))
     return [step.position or None, name, step.status, step.attempt, moment(step.created_at), took, error]
 
 

@@ -7,6 +7,7 @@ import threading
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
@@ -186,6 +187,34 @@ def test_a_users_class_of_the_same_name_is_not_taken_for_ours(bench: Bench, name
     bench.flows.emit("go", "on")
     bench.work()
     assert handle.result(0) == [StepFailed.__module__, "StepFailed", name]
+
+
+def test_a_users_cancelled_is_the_first_failure_like_any_other(bench: Bench) -> None:
+    """Children that are cancelled because another member failed are not the failure; this is."""
+    theirs = type("FlowCancelled", (Exception,), {})
+
+    @bench.flows.flow("first")
+    def first(run: Run) -> None:
+        raise theirs
+
+    @bench.flows.flow("second")
+    def second(run: Run) -> None:
+        raise LookupError
+
+    @bench.flows.flow("parent")
+    def parent(run: Run) -> str:
+        try:
+            run.gather([first.s(), second.s()])
+        except StepFailed as failed:
+            return failed.step
+        return ""
+
+    handle = parent.start()
+    bench.drive(handle.id)
+    children = [UUID(run_id) for kind, run_id in bench.claimable() if kind == "drive"]
+    for child in reversed(children):
+        bench.drive(child)
+    assert bench.finish(handle) == "first"
 
 
 def test_a_childs_step_that_took_too_long_is_the_cause_and_the_child_has_failed(bench: Bench) -> None:
