@@ -780,7 +780,8 @@ def test_no_step_is_run_twice_under_a_fault_at_every_call(make_bench: MakeBench,
 
 
 def _dies_before_it_is_made(struck: str, strikes: Strikes) -> bool:
-    dies = {"read_origin": (Strikes.BEFORE, Strikes.AFTER), "create_taking_over": (Strikes.BEFORE,)}
+    reading = (Strikes.BEFORE, Strikes.AFTER)
+    dies = {"get_last_life": reading, "read_origin": reading, "create_taking_over": (Strikes.BEFORE,)}
     return strikes in dies.get(struck, ())
 
 
