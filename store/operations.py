@@ -144,6 +144,15 @@ def get_flow(conn: Connection, flow_id: UUID) -> Flow | None:
 
 
 @reads
+def get_last_life(conn: Connection, flow_id: UUID) -> Flow | None:
+    """The flow, or the one that has gone on for it last; None: that one was pruned, or there is none."""
+    flow = get_flow(conn, flow_id)
+    while flow is not None and flow.continued_as is not None:
+        flow = get_flow(conn, flow.continued_as)
+    return flow
+
+
+@reads
 def find_by_key(conn: Connection, controller_id: str, key: str) -> Flow | None:
     mine = sa.select(*FLOW_COLUMNS).where(flows.c.controller_id == controller_id, flows.c.idempotency_key == key)
     row = conn.execute(mine).mappings().first()

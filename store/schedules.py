@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from celery_flows.store.changes import Drive
 from celery_flows.store.models import Flow
-from celery_flows.store.operations import create_flow, find_by_key, get_flow, insert_into, now, reads, writes
+from celery_flows.store.operations import create_flow, find_by_key, insert_into, now, reads, writes
 from celery_flows.store.tables import flow_heartbeats
 
 _h = flow_heartbeats.c
@@ -52,10 +52,10 @@ def start_due(conn: Connection, name: str, due: Due, flow_at: FlowAt, overlap: O
         return Seen()
     row = _locked(conn, name)
     at = now(conn)
-    slots, flow_id = due(at, _slot(row)), row.get("flow_id")
+    slots, flow_before = due(at, _slot(row)), row.get("flow")
     seen = Seen()
     for number, slot in enumerate(slots):
-        if overlap != "allow" and _is_open(conn, flow_id):
+        if overlap != "allow" and _is_open(conn, flow_before):
             if overlap == "wait":
                 slots = slots[:number]
                 break
@@ -65,11 +65,9 @@ def start_due(conn: Connection, name: str, due: Due, flow_at: FlowAt, overlap: O
         begins = drive if slot <= at else replace(drive, due_at=slot, published=False)
         if create_flow(conn, flow, {"slot": slot.isoformat()}, begins):
             (seen.started if begins.published else seen.held_back).append(flow.id)
-            flow_id = str(flow.id)
-        elif (known := find_by_key(conn, flow.controller_id, str(flow.idempotency_key))) is not None:
-            flow_id = str(known.id)
+        flow_before = [flow.controller_id, flow.idempotency_key]
     if slots or not row:
-        told = {"slot": (slots[-1] if slots else at).isoformat(), "flow_id": flow_id}
+        told = {"slot": (slots[-1] if slots else at).isoformat(), "flow": flow_before}
         conn.execute(sa.update(flow_heartbeats).where(_h.name == name).values(at=at, report=told))
     return seen
 
@@ -83,7 +81,7 @@ def last_slot(conn: Connection, name: str) -> datetime | None:
 @reads
 def is_held_up(conn: Connection, name: str) -> bool:
     """Whether the flow of the slot that was seen to last is still open."""
-    return _is_open(conn, (_row(conn, name, lock=False) or {}).get("flow_id"))
+    return _is_open(conn, (_row(conn, name, lock=False) or {}).get("flow"))
 
 
 def _slot(row: Mapping[str, Any] | None) -> datetime | None:
@@ -102,6 +100,8 @@ def _row(conn: Connection, name: str, *, lock: bool) -> Mapping[str, Any] | None
     return report
 
 
-def _is_open(conn: Connection, flow_id: str | None) -> bool:
-    flow = None if flow_id is None else get_flow(conn, UUID(flow_id))
-    return flow is not None and not flow.status.is_terminal
+def _is_open(conn: Connection, flow: Sequence[str] | None) -> bool:
+    """Whether the flow of this definition and key is. One that goes on as another hands its key on, so this is the last
+    of them, whatever was pruned of the others."""
+    found = None if flow is None else find_by_key(conn, *flow)
+    return found is not None and not found.status.is_terminal

@@ -16,8 +16,8 @@ from celery_flows.tasks.call import call_flow
 from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import FlowCancelled
+from celery_flows.tasks.failures import of_flow
 from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on
-from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.replay import Replay, Suspended
 from celery_flows.tasks.run import Run
@@ -158,4 +158,5 @@ class Pass:
 
 
 def _told(error: BaseException, undo_failed: list[str]) -> dict[str, Any]:
-    return {**describe(error), "undo_failed": undo_failed} if undo_failed else describe(error)
+    told = of_flow(error)
+    return {**told, "undo_failed": undo_failed} if undo_failed else told

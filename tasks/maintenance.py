@@ -19,6 +19,7 @@ from celery_flows.tasks.admission import give_due
 from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import StepLost
+from celery_flows.tasks.failures import of_engine
 from celery_flows.tasks.mirror import settle_mirror
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.waits import WaitEngine
@@ -106,7 +107,7 @@ def _give_up(runtime: Runtime, row: Swept) -> None:
     if hint.kind == "drive":
         runtime.store.run(dispatch.fail_lost, hint.flow_id, row.fence)
         return
-    error = {"type": StepLost.__name__, "message": f"its workers died {row.crash_count} times"}
+    error = of_engine(StepLost, f"its workers died {row.crash_count} times")
     failed = Completion(Holder(hint.run_id, row.fence, None), hint.flow_id, FlowStepStatus.FAILED, error=error)
     completed = runtime.store.run(dispatch.complete_step, failed)
     if completed is not None and completed.woke:

@@ -19,9 +19,10 @@ from celery_flows.tasks.awaited import EVENT, TIMER
 from celery_flows.tasks.call import call_flow
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import HistoryMismatch
+from celery_flows.tasks.failures import of_attempt, of_flow
 from celery_flows.tasks.interrupts import IN_PEACE, Interruptible
 from celery_flows.tasks.loop import Loop, call
-from celery_flows.tasks.payloads import describe, result_codec
+from celery_flows.tasks.payloads import result_codec
 from celery_flows.tasks.registry import FlowDefinition, Registry
 from celery_flows.tasks.replay import Place, Replay, Suspended
 from celery_flows.tasks.run import Run
@@ -242,7 +243,8 @@ class InlineDriver(Driver):
         try:
             result = self._stub_result(member) or self._result(member)
         except Exception as error:
-            return StepWrite(member.run_id, member.task, FlowStepStatus.FAILED, member.position, error=describe(error))
+            told = of_attempt(error) if member.child is None else of_flow(error)
+            return StepWrite(member.run_id, member.task, FlowStepStatus.FAILED, member.position, error=told)
         return StepWrite(member.run_id, member.task, FlowStepStatus.SUCCEEDED, member.position, result=result)
 
     def _stub_result(self, member: Member) -> str | None:

@@ -211,7 +211,7 @@ def test_slots_of_a_schedule_are_limited_by_their_time(bench: Bench) -> None:
 
     of_schedules.start_due(bench.runtime)
     with bench.store.engine.begin() as connection:
-        last = {"slot": "2020-01-01T00:00:00+00:00", "flow_id": None}
+        last = {"slot": "2020-01-01T00:00:00+00:00", "flow": None}
         connection.execute(
             sa.update(flow_heartbeats).where(flow_heartbeats.c.name == "schedule hourly").values(report=last)
         )

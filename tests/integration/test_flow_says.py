@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from celery_flows import AlreadyTerminal, Approval, FlowFailed, InvalidData, Run, WaitTimedOut
+from celery_flows import AlreadyTerminal, Approval, Decision, FlowFailed, InvalidData, Run, WaitTimedOut
 from tests.support.bench import Bench
 
 
@@ -67,17 +67,45 @@ def test_a_flow_that_has_ended_cannot_be_approved(bench: Bench) -> None:
 
 
 def test_a_second_decision_of_one_name_answers_the_next_question_of_that_name(bench: Bench) -> None:
-    """It is not dropped, nor does it change the first answer: the flow may ask again."""
+    """It is not dropped, nor does it change the first answer: the flow may ask again. Who gives it is told."""
 
     @bench.flows.flow("asks twice")
     def asks_twice(run: Run) -> list[str]:
         return [run.approval("expense").by, run.approval("expense").by]
 
     handle = asks_twice.start()
+    assert not handle.approve("expense", by="eve"), "nobody asks yet"
     bench.work()
-    handle.approve("expense", by="ann")
-    handle.approve("expense", by="bob")
-    assert bench.finish(handle) == ["ann", "bob"]
+    assert handle.approve("expense", by="ann")
+    assert not handle.approve("expense", by="bob"), "it has its answer"
+    assert bench.finish(handle) == ["eve", "ann"]
+
+
+def test_who_decides_second_of_several_is_told(bench: Bench) -> None:
+    @bench.flows.flow("asks two")
+    def asks_two(run: Run) -> str:
+        which = run.first(manager=Decision("manager"), finance=Decision("finance")).which
+        run.wait_for("go", "on")
+        return which
+
+    handle = asks_two.start()
+    bench.work()
+    assert handle.approve("finance", by="ann")
+    bench.work()
+    assert not handle.reject("manager", by="bob")
+    bench.flows.emit("go", "on")
+    assert bench.finish(handle) == "finance"
+
+
+def test_in_a_transaction_a_decision_is_told_how_it_looks_before_the_commit(bench: Bench) -> None:
+    handle = asking(bench).start()
+    bench.work()
+    with bench.store.engine.begin() as connection:
+        assert handle.approve("expense", by="ann", session=connection)
+        assert not handle.approve("expense", by="bob", session=connection), "the other comes first"
+        assert not handle.approve("holiday", by="bob", session=connection)
+    bench.sweep()
+    assert bench.finish(handle).by == "ann"
 
 
 @pytest.mark.parametrize(("name", "by", "field"), [("", "ann", "approval"), ("expense", "", "by")])

@@ -820,7 +820,8 @@ def test_no_step_is_run_twice_under_a_fault_at_every_call(make_bench: MakeBench,
 
 
 def _dies_before_it_is_made(struck: str, strikes: Strikes) -> bool:
-    dies = {"read_origin": (Strikes.BEFORE, Strikes.AFTER), "create_taking_over": (Strikes.BEFORE,)}
+    reading = (Strikes.BEFORE, Strikes.AFTER)
+    dies = {"get_last_life": reading, "read_origin": reading, "create_taking_over": (Strikes.BEFORE,)}
     return strikes in dies.get(struck, ())
 
 
@@ -902,11 +903,14 @@ def test_a_flow_that_goes_back_is_under_the_limit_of_its_definition(bench: Bench
     assert bench.finish(again) == "once done"
 
 
-def test_what_came_first_is_taken_over(bench: Bench, shop: Shop) -> None:
+@pytest.mark.parametrize("which", [0, "paid"])
+def test_what_came_first_is_taken_over(bench: Bench, shop: Shop, which: int | str) -> None:
     @bench.flows.flow("chooses")
     def chooses(run: Run) -> list[Any]:
-        which, payload = run.first([Event("paid", "o1"), Timer(timedelta(hours=1)), shop.task.s("beside")])
-        return [which, payload, run.step(shop.note, "after")]
+        members: list[Any] = [Event("paid", "o1"), Timer(timedelta(hours=1)), shop.task.s("beside")]
+        named = dict(zip(("paid", "late", "beside"), members, strict=True))
+        first = run.first(members) if which == 0 else run.first(**named)
+        return [*first, run.step(shop.note, "after")]
 
     shop.fails |= {"after", "beside"}
     bench.flows.emit("paid", "o1", 5)
@@ -914,8 +918,8 @@ def test_what_came_first_is_taken_over(bench: Bench, shop: Shop) -> None:
     bench.work()
     assert handle.status() is FlowStatus.FAILED
     shop.fails.clear()
-    assert bench.finish(handle.retry()) == [0, 5, "after done"]
-    assert bench.finish(handle.fork(from_step="note")) == [0, 5, "after done"]
+    assert bench.finish(handle.retry()) == [which, 5, "after done"]
+    assert bench.finish(handle.fork(from_step="note")) == [which, 5, "after done"]
     assert shop.ran() == ["beside", "after", "after", "after"]
 
 

@@ -30,14 +30,19 @@ def hourly(bench: Bench, **options: Any) -> Any:
     def hourly(run: Run, slot: datetime) -> datetime:
         return run.step(_same, slot)
 
+    looked_before(bench)
+    return hourly
+
+
+def looked_before(bench: Bench) -> None:
+    """Has somebody look at the schedule for the first time."""
     at = bench.store.run(op.now)
-    told = {"slot": at.isoformat(), "flow_id": None}
+    told = {"slot": at.isoformat(), "flow": None}
     with bench.store.engine.begin() as connection:
         connection.execute(sa.delete(flow_heartbeats).where(ROW))
         connection.execute(
             sa.insert(flow_heartbeats).values(name="schedule hourly", at=at, every_seconds=0.0, report=told)
         )
-    return hourly
 
 
 def hourly_with(bench: Bench, catch_up: str) -> Any:
@@ -194,6 +199,34 @@ def test_a_slot_may_wait_for_the_flow_of_the_one_before(bench: Bench, catch_up: 
     newest = datetime.fromisoformat(started(bench)[-1].input_json)
     begun = [(newest - datetime.fromisoformat(flow.input_json)) // HOUR for flow in started(bench)]
     assert (waits_by.schedule.overlap, begun) == ("wait", ages)
+
+
+@pytest.mark.parametrize("overlap", ["skip", "wait"])
+def test_a_flow_that_has_gone_on_as_another_is_open_until_that_one_ends(bench: Bench, overlap: Any) -> None:
+    """Whatever has been pruned of its first lives."""
+
+    @bench.flows.flow("hourly", schedule=HOUR, overlap=overlap, catch_up="all")
+    def hourly(run: Run, slot: datetime) -> None:
+        if run.approval("what next").granted:
+            run.restart_as(slot)
+
+    looked_before(bench)
+    last_looked(bench, 3 * HOUR)
+    assert look(bench) == 1
+    bench.work()
+    handle = bench.flows.handle(started(bench)[0].id)
+    handle.approve("what next", by="ann")
+    bench.work()
+    with bench.store.engine.begin() as connection:
+        connection.execute(sa.delete(flows).where(flows.c.continued_as.isnot(None)))
+    last_looked(bench, 2 * HOUR)
+    assert look(bench) == 1
+    [last] = bench.flows.search(definition="hourly", status="waiting")
+    bench.flows.handle(last.id).reject("what next", by="ann")
+    bench.work()
+    last_looked(bench, 2 * HOUR)
+    assert look(bench) == 2
+    bench.work()
 
 
 def test_by_default_they_may_overlap(bench: Bench) -> None:

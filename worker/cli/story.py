@@ -15,6 +15,7 @@ from typing import Any
 from celery_flows.store import Flow, FlowEvent, FlowStep
 from celery_flows.store.models import FlowMode
 from celery_flows.store.views import Dispatched
+from celery_flows.tasks.replay import given_as, shown
 from celery_flows.worker.cli.words import about, describe_error, describe_wait, describe_work, duration
 from celery_flows.worker.output import moment
 
@@ -111,7 +112,8 @@ def step_row(step: FlowStep, now: datetime) -> list[object]:
     if not ended:
         took += " so far"
     began, error = moment(step.created_at), describe_error(step.error_json)
-    return [step.position or None, step.task, step.status, step.attempt, began, took, error]
+    name = shown(step.task, given_as(step))
+    return [step.position or None, name, step.status, step.attempt, began, took, error]
 
 
 def event_row(event: FlowEvent, step: str | None) -> list[object]:
