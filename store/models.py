@@ -114,7 +114,7 @@ class Flow(Record):
     definition_version: int = Field(default=1, ge=1)
     parent_flow_id: UUID | None = None
     deadline_at: datetime | None = None
-    paused_at: datetime | None = None  # while set, no worker drives the flow
+    paused_at: datetime | None = None  # while set, no worker drives the flow, but to cancel it
     finished_at: datetime | None = None  # set with every terminal status
     continued_as: UUID | None = None  # the flow that goes on for this one, with a fresh history
     forked_from: UUID | None = None  # the flow whose first steps this one has taken over

@@ -36,7 +36,15 @@ from celery_flows.store.changes import (
 )
 from celery_flows.store.forks import ForkGate
 from celery_flows.store.models import OPEN, OPEN_STEP, Flow, FlowStatus, FlowStep
-from celery_flows.store.tables import FLOW_COLUMNS, UtcDateTime, flow_dispatch, flow_events, flow_steps, flows
+from celery_flows.store.tables import (
+    FLOW_COLUMNS,
+    IS_PAUSED,
+    UtcDateTime,
+    flow_dispatch,
+    flow_events,
+    flow_steps,
+    flows,
+)
 
 Row = Mapping[Any, Any]
 
@@ -87,8 +95,8 @@ def change(conn: Connection, what: Change) -> Row | None:
         event_id = _append_revision(conn, what, what.kind, what.told(), at)
     if what.step is not None:
         _write_step(conn, what.flow_id, what.step, at)
-    _settle_drive_row(conn, what, at, row["cancel_requested"])
-    return {**row, "event_id": event_id}
+    is_due = _settle_drive_row(conn, what, at, row["cancel_requested"])
+    return {**row, "event_id": event_id, "is_due": is_due}
 
 
 def _append_revision(conn: Connection, what: Change, kind: str, told: str, at: datetime) -> int:
@@ -159,7 +167,9 @@ def _member_told(member: Member) -> str:
     return f'{{"run_id":"{member.run_id}","step":{step.told()}}}'
 
 
-def _settle_drive_row(conn: Connection, what: Change, at: datetime, cancels: bool) -> None:
+def _settle_drive_row(conn: Connection, what: Change, at: datetime, cancels: bool) -> bool:
+    """Writes what the change means for the flow's own rows; True: it parked one that is due, for somebody had called
+    meanwhile."""
     mine = _d.run_id == str(what.flow_id)
     match what.drive:
         case Wake():
@@ -180,11 +190,12 @@ def _settle_drive_row(conn: Connection, what: Change, at: datetime, cancels: boo
                     )
                 )
         case Park() as park:
-            _park(conn, what, park, at)
+            return _park(conn, what, park, at)
         case End():
             _end(conn, what.flow_id, at)
         case None if what.forgive:
             conn.execute(sa.update(flow_dispatch).where(mine).values(crash_count=0))
+    return False
 
 
 def _due_if_free(at: datetime, cancels: bool) -> Any:
@@ -193,7 +204,7 @@ def _due_if_free(at: datetime, cancels: bool) -> Any:
     return case((and_(_d.worker.is_(None), may_begin), at), else_=_d.due_at)
 
 
-def _park(conn: Connection, what: Change, park: Park, at: datetime) -> None:
+def _park(conn: Connection, what: Change, park: Park, at: datetime) -> bool:
     values: dict[str, Any] = {
         "worker": None,
         "publish_count": 0,
@@ -209,9 +220,9 @@ def _park(conn: Connection, what: Change, park: Park, at: datetime) -> None:
             "join_good": park.join.good,
             "join_bad": park.join.bad,
         }
-    conn.execute(
-        sa.update(flow_dispatch).where(_d.run_id == str(what.flow_id), _d.fence == park.holder.fence).values(values)
-    )
+    mine = and_(_d.run_id == str(what.flow_id), _d.fence == park.holder.fence)
+    wakes = conn.scalar(sa.update(flow_dispatch).where(mine).values(values).returning(_d.wakes))
+    return wakes is not None and bool(wakes != park.wakes)
 
 
 def _end(conn: Connection, flow_id: UUID, at: datetime) -> None:
@@ -347,7 +358,7 @@ def claim_drive(conn: Connection, flow_id: UUID, worker: str, lease: float, repe
             ).where(
                 flows.c.id == flow_id,
                 flows.c.status.in_([status.value for status in OPEN]),
-                flows.c.paused_at.is_(None),
+                ~IS_PAUSED,
             )
         )
         .mappings()
