@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -411,13 +411,18 @@ def retry_step(
 
 @writes_once
 def sweep_due(
-    conn: Connection, limit: int, first_pause: float, max_pause: float, *, begun: bool | None = None
+    conn: Connection,
+    limit: int,
+    first_pause: float,
+    max_pause: float,
+    *,
+    only: Literal["begun", "step", "flow"] | None = None,
 ) -> list[Swept]:
     """Frees lost leases and takes due rows to be published, each again after a growing pause; nothing is published
     before this commits.
 
     Args:
-        begun: only rows of flows that somebody has driven before (True) or not (False).
+        only: rows that somebody has claimed before, or those of steps, or of flows, that nobody has.
     """
     return [
         Swept(
@@ -429,7 +434,7 @@ def sweep_due(
             row["publish_count"],
             row["was_held"],
         )
-        for row in dialect(conn).sweep(conn, limit, first_pause, max_pause, begun)
+        for row in dialect(conn).sweep(conn, limit, first_pause, max_pause, only)
     ]
 
 

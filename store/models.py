@@ -82,7 +82,10 @@ class Record(BaseModel):
     @classmethod
     def of_row(cls, row: Mapping[Any, Any]) -> Self:
         """The record of a row of our own tables; columns that are not fields are left out."""
-        fields = {name: row[name] for name in cls.model_fields if name in row}
+        values = dict(
+            row
+        )  # asked for its names one by one, a row of SQLAlchemy's takes most of the time of a long history
+        fields = {name: values[name] for name in cls.model_fields if name in values}
         return cls.model_construct(**fields)  # type: ignore[return-value]
 
     def but(self, **changes: Any) -> Self:

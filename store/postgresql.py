@@ -453,7 +453,8 @@ def complete(conn: Connection, what: Completion) -> Row | None:
 _SWEEP = sa.text(
     f"""WITH c AS (SELECT run_id, worker IS NOT NULL OR publish_count > 0 AND crash_count > 0 AS was_held
           FROM flow_dispatch WHERE due_at <= {NOW} AND kind IN ('drive', 'step') AND task IS NOT NULL
-            AND (CAST(:begun AS boolean) IS NULL OR CAST(:begun AS boolean) = (fence > 0 OR kind = 'step'))
+            AND (CAST(:only AS text) IS NULL
+              OR CAST(:only AS text) = CASE WHEN fence > 0 THEN 'begun' WHEN kind = 'step' THEN 'step' ELSE 'flow' END)
           ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED)
         UPDATE flow_dispatch d SET worker = NULL, publish_count = d.publish_count + 1,
           crash_count = d.crash_count + CASE WHEN d.worker IS NULL THEN 0 ELSE 1 END,
@@ -465,8 +466,8 @@ _SWEEP = sa.text(
 )
 
 
-def sweep(conn: Connection, limit: int, first: float, cap: float, begun: bool | None = None) -> list[Row]:
-    return list(conn.execute(_SWEEP, {"limit": limit, "first": first, "cap": cap, "begun": begun}).mappings())
+def sweep(conn: Connection, limit: int, first: float, cap: float, only: str | None = None) -> list[Row]:
+    return list(conn.execute(_SWEEP, {"limit": limit, "first": first, "cap": cap, "only": only}).mappings())
 
 
 # ---- observations ---------------------------------------------------------------------------------------------------

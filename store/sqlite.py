@@ -135,28 +135,38 @@ def _schedule(conn: Connection, what: Change, at: datetime) -> int:
     assert isinstance(what.drive, Park)
     assert what.drive.join is not None
     due_at, group = at + timedelta(seconds=what.first_pause), what.drive.join.group
-    event_id = 0
-    for number, member in enumerate(what.members):
-        conn.execute(
-            sa.insert(flow_steps).values(
-                id=member.id, flow_id=what.flow_id, runtime="managed", run_id=member.run_id, task=member.task,
-                status=member.status, args_json=_text(member.args), position=member.position, attempt=1,
-                child_session_key=member.child_session_key, created_at=at, updated_at=at,
-            )
-        )  # fmt: skip
-        conn.execute(
-            sa.insert(flow_dispatch).values(
-                run_id=member.run_id, flow_id=what.flow_id, kind=member.kind, task=member.task, queue=member.queue,
-                priority=member.priority, options=member.options, join_group=group,
-                due_at=due_at if member.child is None else None, publish_count=int(member.child is None),
-            )
-        )  # fmt: skip
-        if number:
-            _append(conn, what.flow_id, "step_scheduled", _member_told(member), at)
-        else:  # the first member's event carries the flow's revision
-            told = f"{what.told()[:-1]},{_member_told(member)[1:]}"
-            event_id = _append_revision(conn, what, "step_scheduled", told, at)
+    # One call for all rows of a table: thousands of statements would keep every other writer out for seconds.
+    conn.execute(_NEW_STEP, [_member_step(what.flow_id, member, at) for member in what.members])
+    rows = [_member_row(what.flow_id, member, due_at, group) for member in what.members]
+    conn.execute(sa.insert(flow_dispatch), rows)
+    first, *others = what.members  # the first one's event carries the flow's revision
+    told = f"{what.told()[:-1]},{_member_told(first)[1:]}"
+    event_id = _append_revision(conn, what, "step_scheduled", told, at)
+    if others:
+        event = {"flow_id": what.flow_id, "kind": "step_scheduled", "at": at}
+        conn.execute(_NEW_EVENT, [{**event, "told": _member_told(member)} for member in others])
     return event_id
+
+
+_NEW_STEP = sa.insert(flow_steps).values(args_json=sa.bindparam("args", type_=sa.Text()))
+_NEW_EVENT = sa.insert(flow_events).values(payload_json=sa.bindparam("told", type_=sa.Text()))
+
+
+def _member_step(flow_id: UUID, member: Member, at: datetime) -> dict[str, Any]:
+    return {
+        "id": member.id, "flow_id": flow_id, "runtime": "managed", "run_id": member.run_id, "task": member.task,
+        "status": member.status, "args": member.args, "position": member.position, "attempt": 1,
+        "child_session_key": member.child_session_key, "created_at": at, "updated_at": at,
+    }  # fmt: skip
+
+
+def _member_row(flow_id: UUID, member: Member, due_at: datetime, group: int) -> dict[str, Any]:
+    is_step = member.child is None
+    return {
+        "run_id": member.run_id, "flow_id": flow_id, "kind": member.kind, "task": member.task, "queue": member.queue,
+        "priority": member.priority, "options": member.options, "join_group": group,
+        "due_at": due_at if is_step else None, "publish_count": int(is_step),
+    }  # fmt: skip
 
 
 def _member_told(member: Member) -> str:
@@ -490,10 +500,10 @@ def complete(conn: Connection, what: Completion) -> Row | None:
 # ---- sweep ----------------------------------------------------------------------------------------------------------
 
 
-def sweep(conn: Connection, limit: int, first: float, cap: float, begun: bool | None = None) -> list[Row]:
+def sweep(conn: Connection, limit: int, first: float, cap: float, only: str | None = None) -> list[Row]:
     at = now(conn)
-    is_begun = or_(_d.fence > 0, _d.kind == "step")
-    asked = true() if begun is None else is_begun if begun else ~is_begun
+    due_as = case((_d.fence > 0, "begun"), (_d.kind == "step", "step"), else_="flow")
+    asked = true() if only is None else due_as == only
     due = conn.execute(
         sa.select(flow_dispatch)
         .where(_d.due_at <= at, _d.kind.in_(["drive", "step"]), _d.task.isnot(None), asked)

@@ -222,11 +222,16 @@ def show(flows: Flows, flow_id: UUID, events: int, as_json: bool) -> None:
 
 @flow.command()
 @flow_id
+@click.option("--now", is_flag=True, help="Ends it at once, without its cleanup: for one that no code fits any more.")
 @_command
-def cancel(flows: Flows, flow_id: UUID) -> None:
+def cancel(flows: Flows, flow_id: UUID, now: bool) -> None:
     """Asks a flow to cancel. It cleans up first."""
-    flows.handle(flow_id).cancel()
-    click.echo(f"{flow_id} cancel requested")
+    if now:
+        flows.manager.cancel(flow_id)
+        click.echo(f"{flow_id} cancelled")
+    else:
+        flows.handle(flow_id).cancel()
+        click.echo(f"{flow_id} cancel requested")
 
 
 @flow.command()
