@@ -176,6 +176,8 @@ MUTANTS = [
     # Workers that stop
     Mutant("a worker that is to stop goes on", Driver, "_hand_over_to_another_worker", nothing, ("inline",)),
     Mutant("a hand-back counts as a crash", dispatch, "hand_back_all", p.count_as_crash, ("inline", *GATHERS)),
+    # Pauses
+    Mutant("a pause comes before a cancel", dispatch, "claim_drive", p.refuse_paused, ("cancel paused cleanup",)),
     # Interrupts
     Mutant("an interrupted step takes the interrupt's word", dispatch, "list_to_stop", p.stop_everything,
            ("interrupt gather by mistake",)),
