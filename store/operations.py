@@ -328,10 +328,12 @@ def find_change(conn: Connection, change: Change) -> Written | None:
 
 
 def _is_due(conn: Connection, change: Change) -> bool:
-    """Whether the row that the change parked is due now; it may be more than a moment ago that it did."""
+    """Whether the row that the change parked is due now: more than a moment may have passed since."""
+    if not isinstance(change.drive, Park):
+        return False
     d = flow_dispatch.c
-    due = sa.and_(d.run_id == str(change.flow_id), d.worker.is_(None), d.due_at <= sa.literal(now(conn), UtcDateTime()))
-    return isinstance(change.drive, Park) and conn.scalar(sa.select(d.run_id).where(due)) is not None
+    due = sa.and_(d.worker.is_(None), d.due_at <= sa.literal(now(conn), UtcDateTime()))
+    return conn.scalar(sa.select(d.run_id).where(d.run_id == str(change.flow_id), due)) is not None
 
 
 def change_to(flow: Flow, kind: str | None, payload: dict[str, Any]) -> Change:
