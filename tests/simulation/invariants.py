@@ -109,6 +109,8 @@ class Observer:
     # (6) nothing is written by a holder who is not the row's
     def _check_holder(self, actor: Actor, name: str, step: Call, before: Rows, now: Rows) -> None:
         if name == "change_flow":
+            if step.args[0].kind == "history_refused":  # nobody changes his code here; a cancel would hide it
+                raise Violation(f"{actor.name} comes to other steps than its history has")
             run_id = str(step.args[0].flow_id)
             if run_id in actor.claims and before[run_id]["fence"] != actor.claims[run_id]:
                 raise Violation(f"(6) {name} by {actor.name}, which was overtaken: {before[run_id]}")
