@@ -142,7 +142,7 @@ class AsyncFlowStore:
         return await self.run(op.list_by_status, status, limit, after)
 
     async def update_with_revision(self, flow: Flow) -> Flow:
-        return (await self.change(op.change_to(flow, None, {})))[0]
+        return (await self.change(op.change_to(flow, None, {}))).flow
 
     async def append_event(self, flow_id: UUID, kind: str, payload: dict[str, Any]) -> FlowEvent:
         write_id = new_id()
@@ -178,7 +178,7 @@ class AsyncFlowStore:
         change = op.change_to(flow, event_kind, event_payload)
         if event_kind == "waiting":
             await self.run(op.check_waits_by_hand, flow)
-        stored, event_id = await self.change(change)
+        stored, event_id, _ = await self.change(change)
         return stored, op.event_of(change, stored, event_id)
 
     async def prune_terminal_flows(self, retain_days: int) -> int:
@@ -186,16 +186,16 @@ class AsyncFlowStore:
 
     # ---- beyond the contract ----
 
-    async def change(self, change: Change, **how: Any) -> tuple[Flow, int | None]:
+    async def change(self, change: Change, **how: Any) -> op.Written:
         """Writes one revision; a lost reply is looked into, never guessed at.
 
         Raises:
             FlowNotFound, RevisionMismatch: nothing was written.
         """
-        stored: tuple[Flow, int | None] = await self.attempt(
+        written: op.Written = await self.attempt(
             Call(op.change_operation(change), (change,)), settled=Call(op.find_change, (change,)), **how
         )
-        return stored
+        return written
 
     async def insert_and_append(self, flow: Flow, event_payload: dict[str, Any]) -> None:
         created = Call(op.insert_created, (flow, event_payload))

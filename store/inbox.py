@@ -188,7 +188,7 @@ def resume_by_hand(conn: Connection, flow_id: UUID, payload: dict[str, Any] | No
     transition = transitions.resume(flow, payload)
     driven = flow.wait_json is not None and "run_id" in flow.wait_json
     change = resumption(conn, flow, {}, payload) if driven else change_of(flow, transition, drive=Wake())
-    return change_flow(conn, replace(change, write_id=write_id))[0]
+    return change_flow(conn, replace(change, write_id=write_id)).flow
 
 
 @reads

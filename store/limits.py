@@ -23,10 +23,10 @@ from sqlalchemy import Connection
 from celery_flows.store.dispatch import Hint, is_claimable
 from celery_flows.store.models import TERMINAL
 from celery_flows.store.operations import insert_into, lock_flow, now, reads, writes, writes_once
-from celery_flows.store.tables import UtcDateTime, flow_dispatch, flow_events, flow_limits, flows
+from celery_flows.store.tables import IS_PAUSED, UtcDateTime, flow_dispatch, flow_events, flow_limits, flows
 
 _d, _l = flow_dispatch.c, flow_limits.c
-_PAUSED = sa.exists().where(flows.c.id == _d.flow_id, flows.c.paused_at.isnot(None))
+_PAUSED = sa.exists().where(flows.c.id == _d.flow_id, IS_PAUSED)
 _IN_QUEUE = _d.queued_at.isnot(None)
 
 AT_ONCE = 100  # slots that are given in one transaction

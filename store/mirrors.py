@@ -198,7 +198,7 @@ def _is_mirrored(flow: Flow) -> bool:
 
 
 def _end(conn: Connection, flow: Flow, transition: Transition) -> FlowStatus:
-    return change_flow(conn, change_of(flow, transition, drive=End()))[0].status
+    return change_flow(conn, change_of(flow, transition, drive=End())).flow.status
 
 
 def _ending(conn: Connection, flow: Flow) -> Transition | None:

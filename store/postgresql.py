@@ -105,7 +105,9 @@ def _change_statement(
         parts.append("f AS (UPDATE flow_dispatch d SET crash_count = 0 FROM u WHERE d.run_id = CAST(u.id AS text))")
     parts += _drive_sql(drive, forgive, joins)
     event_id = "(SELECT min(e.id) FROM e)" if tells else "NULL"
-    return sa.text(f"WITH {', '.join(parts)} SELECT {_FLOW}, {event_id} AS event_id FROM u").columns(*FLOW_COLUMNS)
+    is_due = "(SELECT w.is_due FROM w)" if drive is Park else "false"
+    told = f"{event_id} AS event_id, {is_due} AS is_due"
+    return sa.text(f"WITH {', '.join(parts)} SELECT {_FLOW}, {told} FROM u").columns(*FLOW_COLUMNS)
 
 
 _STEP_SQL = f"""s AS (INSERT INTO flow_steps (id, flow_id, runtime, run_id, task, status, result_json, error_json,
@@ -191,7 +193,8 @@ def _drive_sql(drive: type[Any], forgive: bool, joins: bool) -> list[str]:
             f"""w AS (UPDATE flow_dispatch d SET worker = NULL, publish_count = 0, {join} {crash}
                   has_slot = d.has_slot AND (CAST(:keeps_slot AS boolean) OR d.wakes <> :wakes),
                   due_at = CASE WHEN d.wakes = :wakes THEN {param("due_at", "timestamptz")} ELSE {NOW} END
-                FROM u{after_members} WHERE d.run_id = CAST(u.id AS text) AND d.fence = :fence)"""
+                FROM u{after_members} WHERE d.run_id = CAST(u.id AS text) AND d.fence = :fence
+                RETURNING d.wakes <> :wakes AS is_due)"""
         ]
     if drive is End:
         return [
@@ -356,7 +359,8 @@ _TAKE = f"""fence = d.fence + 1, worker = :worker, due_at = {AFTER.format("lease
 _CLAIM_DRIVE = sa.text(
     f"""WITH f AS (SELECT id, status AS was, cancel_requested OR coalesce(deadline_at <= {NOW}, false) AS ends
           FROM flows
-          WHERE id = :flow_id AND status IN ('created', 'running', 'waiting') AND paused_at IS NULL FOR NO KEY UPDATE),
+          WHERE id = :flow_id AND status IN ('created', 'running', 'waiting')
+            AND (paused_at IS NULL OR cancel_requested) FOR NO KEY UPDATE),
         d AS (UPDATE flow_dispatch d SET {_TAKE}, queued_at = NULL, urgency = NULL FROM f
           WHERE d.run_id = CAST(f.id AS text) AND d.task IS NOT NULL AND {_CLAIMABLE}
             AND (d.limit_key IS NULL OR d.has_slot OR f.ends)
@@ -449,7 +453,8 @@ def complete(conn: Connection, what: Completion) -> Row | None:
 _SWEEP = sa.text(
     f"""WITH c AS (SELECT run_id, worker IS NOT NULL OR publish_count > 0 AND crash_count > 0 AS was_held
           FROM flow_dispatch WHERE due_at <= {NOW} AND kind IN ('drive', 'step') AND task IS NOT NULL
-            AND (CAST(:begun AS boolean) IS NULL OR CAST(:begun AS boolean) = (fence > 0 OR kind = 'step'))
+            AND (CAST(:only AS text) IS NULL
+              OR CAST(:only AS text) = CASE WHEN fence > 0 THEN 'begun' WHEN kind = 'step' THEN 'step' ELSE 'flow' END)
           ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED)
         UPDATE flow_dispatch d SET worker = NULL, publish_count = d.publish_count + 1,
           crash_count = d.crash_count + CASE WHEN d.worker IS NULL THEN 0 ELSE 1 END,
@@ -461,8 +466,8 @@ _SWEEP = sa.text(
 )
 
 
-def sweep(conn: Connection, limit: int, first: float, cap: float, begun: bool | None = None) -> list[Row]:
-    return list(conn.execute(_SWEEP, {"limit": limit, "first": first, "cap": cap, "begun": begun}).mappings())
+def sweep(conn: Connection, limit: int, first: float, cap: float, only: str | None = None) -> list[Row]:
+    return list(conn.execute(_SWEEP, {"limit": limit, "first": first, "cap": cap, "only": only}).mappings())
 
 
 # ---- observations ---------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class SqlFlowStore(FlowStore):
         return self.run(op.list_by_status, status, limit, after)
 
     def update_with_revision(self, flow: Flow) -> Flow:
-        return self.change(op.change_to(flow, None, {}))[0]
+        return self.change(op.change_to(flow, None, {})).flow
 
     def append_event(self, flow_id: UUID, kind: str, payload: dict[str, Any]) -> FlowEvent:
         write_id = new_id()
@@ -163,7 +163,7 @@ class SqlFlowStore(FlowStore):
         change = op.change_to(flow, event_kind, event_payload)
         if event_kind == "waiting":
             self.run(op.check_waits_by_hand, flow)
-        stored, event_id = self.change(change)
+        stored, event_id, _ = self.change(change)
         return stored, op.event_of(change, stored, event_id)
 
     def prune_terminal_flows(self, retain_days: int) -> int:
@@ -171,16 +171,16 @@ class SqlFlowStore(FlowStore):
 
     # ---- beyond the contract ----
 
-    def change(self, change: Change, **how: Any) -> tuple[Flow, int | None]:
+    def change(self, change: Change, **how: Any) -> op.Written:
         """Writes one revision; a lost reply is looked into, never guessed at.
 
         Raises:
             FlowNotFound, RevisionMismatch: nothing was written.
         """
-        stored: tuple[Flow, int | None] = self.attempt(
+        written: op.Written = self.attempt(
             Call(op.change_operation(change), (change,)), settled=Call(op.find_change, (change,)), **how
         )
-        return stored
+        return written
 
     def insert_and_append(self, flow: Flow, event_payload: dict[str, Any]) -> None:
         created = Call(op.insert_created, (flow, event_payload))

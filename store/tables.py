@@ -188,6 +188,9 @@ flows = sa.Table(
     _partial("ix_flows_parent_flow_id", "parent_flow_id IS NOT NULL", "parent_flow_id"),
 )
 
+# Nobody drives such a flow. A cancel comes before a pause: it is driven to clean up.
+IS_PAUSED = sa.and_(flows.c.paused_at.isnot(None), flows.c.cancel_requested.is_(False))
+
 flow_steps = sa.Table(
     "flow_steps",
     metadata,

@@ -8,12 +8,10 @@ from typing import Any
 from uuid import UUID
 
 from celery_flows.store import FlowStatus, LeaseLost, dispatch, transitions
-from celery_flows.store.changes import End
 from celery_flows.store.clock import boottime
 from celery_flows.store.script import Call
 from celery_flows.tasks.admission import admitted, give_on
 from celery_flows.tasks.call import call_flow
-from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import FlowCancelled
 from celery_flows.tasks.failures import of_flow
@@ -121,9 +119,7 @@ class Pass:
         driver = self._driver
         if driver.is_over:  # the function caught what was to unwind it
             raise Suspended
-        driver.write(outcome, drive=End(), illegal_after_cancel=illegal_after_cancel, **more)
-        if (run_id := driver.claim.parent_run_id) is not None:
-            settle_child(driver.runtime, run_id)
+        driver.end(outcome, illegal_after_cancel=illegal_after_cancel, **more)
 
     def _end_badly(self, error: Exception) -> None:
         """Undoes what is to be undone, once nothing of the flow is at work any more; then the flow has failed, or is

@@ -146,7 +146,8 @@ class FlowHandle(Generic[Out]):
         return self._runtime.store if session is None else self._runtime.store.using(transaction_of(session))
 
     def cancel(self, *, session: Transaction | None = None) -> None:
-        """Asks the flow to cancel: sticky. It cleans up first, so ``status()`` may say cancelled only later.
+        """Asks the flow to cancel, paused or not: sticky. It cleans up first, so ``status()`` may say cancelled only
+        later.
 
         Raises:
             AlreadyTerminal: it has ended.
@@ -156,7 +157,7 @@ class FlowHandle(Generic[Out]):
 
     def pause(self, *, session: Transaction | None = None) -> None:
         """Keeps workers from going on with the flow after the step in hand; its timers and deadline wait, too. Steps
-        that are out on queues are run.
+        that are out on queues are run. A cancel comes first.
 
         Raises:
             AlreadyTerminal: it has ended.

@@ -55,17 +55,18 @@ def sweep(runtime: Runtime) -> SweepReport:
     """
     settings = runtime.settings
     pauses = settings.republish_seconds, settings.republish_max_seconds
-    # What is begun comes first: thousands of new flows must not keep it from being gone on with.
-    begun = runtime.store.run(dispatch.sweep_due, settings.sweep_limit, *pauses, begun=True)
-    room = runtime.ahead.room(runtime.store, settings.sweep_limit)
-    new = runtime.store.run(dispatch.sweep_due, room, *pauses, begun=False)
-    swept = [*begun, *new]
+    # What is begun comes first: thousands that are not must not keep it from being gone on with.
+    swept = runtime.store.run(dispatch.sweep_due, settings.sweep_limit, *pauses, only="begun")
+    for kind, ahead in runtime.ahead.items():
+        room = ahead.room(runtime.store, settings.sweep_limit)
+        new = runtime.store.run(dispatch.sweep_due, room, *pauses, only=kind)
+        ahead.add(row.hint.run_id for row in new)
+        swept += new
     lost = [row for row in swept if row.was_held and row.crash_count >= settings.max_crashes]
     hints = [row.hint for row in swept if row not in lost]
     for row in lost:
         _try_to_give_up(runtime, row)
     published = runtime.publisher.publish(*hints)
-    runtime.ahead.add(row.hint.run_id for row in new)
     unsettled = runtime.store.run(dispatch.list_unsettled, settings.sweep_limit)
     handed_over = sum(_hand_over_event(runtime, row.run_id) for row in unsettled if row.kind == "look")
     seen_to = sum(settle_child(runtime, row.run_id) for row in unsettled if row.kind == "child")

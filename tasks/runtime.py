@@ -18,7 +18,7 @@ from celery_flows.store import FlowManager, InvalidData, SqlFlowStore, dispatch,
 from celery_flows.store.engines import make_engine
 from celery_flows.store.pruning import Archive
 from celery_flows.store.script import Call
-from celery_flows.tasks.ahead import Ahead
+from celery_flows.tasks.ahead import Ahead, NotBegun
 from celery_flows.tasks.interrupts import Interrupts
 from celery_flows.tasks.loop import pause
 from celery_flows.tasks.polling import poll
@@ -39,7 +39,7 @@ class Runtime:
         self.registry = Registry()
         self.stopping = Stopping()
         self.interrupts = Interrupts()
-        self.ahead = Ahead()
+        self.ahead: dict[NotBegun, Ahead] = {"step": Ahead(), "flow": Ahead()}
         self.mirror_rules: list[MirrorRule] = []
         self.archive: Archive | None = None  # takes what is pruned
         self._store = store

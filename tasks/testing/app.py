@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from celery_flows.store import operations as op
 from celery_flows.store.dispatch import Hint
-from celery_flows.store.tables import UtcDateTime, flow_dispatch, flow_limits, flows
+from celery_flows.store.tables import IS_PAUSED, UtcDateTime, flow_dispatch, flow_limits, flows
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.settings import load_settings
 from celery_flows.tasks.testing.broker import in_memory
@@ -133,7 +133,7 @@ class FlowApp:
         self.clock.move_to(self.clock.now() + timedelta(seconds=seconds))
 
     def _next_due(self) -> datetime | None:
-        paused = sa.exists().where(flows.c.id == _d.flow_id, flows.c.paused_at.isnot(None))
+        paused = sa.exists().where(flows.c.id == _d.flow_id, IS_PAUSED)
         queued = sa.select(_d.limit_key).where(_d.queued_at.isnot(None), ~paused)
         with self.store.engine.connect() as connection:
             now = sa.literal(op.now(connection), UtcDateTime())

@@ -8,8 +8,20 @@ from uuid import UUID
 
 import pytest
 
-from celery_flows import AlreadyTerminal, Approval, Decision, FlowFailed, InvalidData, Run, WaitTimedOut
+from celery_flows import (
+    AlreadyTerminal,
+    Approval,
+    Decision,
+    FlowCancelled,
+    FlowFailed,
+    FlowStatus,
+    InvalidData,
+    Run,
+    WaitTimedOut,
+)
+from celery_flows.store import operations as op
 from tests.support.bench import Bench
+from tests.support.waiting import until
 
 
 def asking(bench: Bench) -> Any:
@@ -162,6 +174,82 @@ def test_a_paused_flow_is_not_driven_until_it_is_unpaused(bench: Bench) -> None:
     assert bench.effects == ["one", "two"]
     with pytest.raises(AlreadyTerminal):
         handle.pause()
+
+
+@pytest.mark.parametrize("works", [True, False], ids=["at its work", "at rest"])
+def test_a_cancel_reaches_a_paused_flow_and_has_it_clean_up(bench: Bench, works: bool) -> None:
+    pause = bench.flows.manager.pause
+
+    @bench.flows.flow("paused")
+    def paused(run: Run) -> None:
+        run.on_failure(bench.effects.append, "undone")
+        run.step(bench.effects.append, "one")
+        if works:
+            run.step(lambda: pause(run.flow_id).revision)
+        run.wait_for("go", "on")
+
+    handle = paused.start()
+    bench.work()
+    if not works:
+        pause(handle.id)
+    handle.cancel()
+    with pytest.raises(FlowCancelled):
+        bench.finish(handle)
+    assert bench.effects == ["one", "undone"]
+
+
+def test_a_cancel_comes_before_a_pause_that_comes_later(bench: Bench) -> None:
+    @bench.flows.flow("cleans up")
+    def cleans_up(run: Run) -> None:
+        try:
+            run.wait_for("go", "on")
+        except FlowCancelled:
+            run.step(lambda: bench.flows.manager.pause(run.flow_id).revision)
+            run.step(bench.effects.append, "cleaned up")
+            raise
+
+    handle = cleans_up.start()
+    bench.work()
+    handle.cancel()
+    handle.pause()
+    bench.work()
+    assert (handle.status(), bench.effects) == (FlowStatus.CANCELLED, ["cleaned up"])
+
+
+def test_a_paused_child_does_not_keep_its_parent_from_being_cancelled(bench: Bench) -> None:
+    @bench.flows.flow("child")
+    def child(run: Run) -> None:
+        run.wait_for("go", "on")
+
+    @bench.flows.flow("parent")
+    def parent(run: Run) -> None:
+        run.flow(child)
+
+    handle = parent.start()
+    bench.work()
+    [found] = bench.flows.search(definition="child")
+    bench.flows.manager.pause(found.id)
+    handle.cancel()
+    with pytest.raises(FlowCancelled):
+        bench.finish(handle)
+
+
+def test_the_deadline_of_a_paused_flow_waits(bench: Bench) -> None:
+    @bench.flows.flow("late", timeout=timedelta(milliseconds=1))
+    def late(run: Run) -> None:
+        run.step(bench.effects.append, "never")
+
+    handle = late.start()
+    bench.flows.manager.pause(handle.id)
+    deadline = handle.get().deadline_at
+    assert deadline is not None
+    until(lambda: bench.store.run(op.now) > deadline, "the deadline passes")
+    bench.drive(handle.id)
+    assert handle.status() is FlowStatus.CREATED
+    handle.unpause()
+    with pytest.raises(FlowFailed, match="FlowTimedOut"):
+        bench.finish(handle)
+    assert bench.effects == []
 
 
 # ---- progress -------------------------------------------------------------------------------------------------------

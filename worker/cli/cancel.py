@@ -27,6 +27,9 @@ MOST = 10_000  # flows that one command cancels
 @of_status(*sorted(OPEN))
 @of_owner
 @of_definition
+@click.option(
+    "--now", is_flag=True, help="Ends them at once, without their cleanup: for those that no code fits any more."
+)
 @say_yes("cancelling more than one, or by options")
 def cancel(
     flows: Flows,
@@ -34,6 +37,7 @@ def cancel(
     status: str | None,
     owner: str | None,
     definition: str | None,
+    now: bool,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -47,9 +51,12 @@ def cancel(
     wanted = list(dict.fromkeys(flow_ids)) or _fitting(flows, status, owner, definition)
     if len(wanted) > 1 or (by_filter and wanted):
         most = ", the most that one command does" if len(wanted) == MOST else ""
-        confirm(f"This asks {len(wanted):,} flows to cancel{most}", yes=yes)
+        what = (
+            f"cancels {len(wanted):,} flows without their cleanup" if now else f"asks {len(wanted):,} flows to cancel"
+        )
+        confirm(f"This {what}{most}", yes=yes)
     with progress("cancelling", len(wanted)) as told:
-        outcomes = each(wanted, partial(_ask, flows), told)
+        outcomes = each(wanted, partial(_cancel if now else _ask, flows), told)
     if as_json:
         output.show_json({"flows": [outcome._asdict() for outcome in outcomes]})
     else:
@@ -62,6 +69,11 @@ def cancel(
 def _ask(flows: Flows, flow_id: UUID) -> str:
     flows.handle(flow_id).cancel()
     return "cancel requested"
+
+
+def _cancel(flows: Flows, flow_id: UUID) -> str:
+    flows.manager.cancel(flow_id)
+    return "cancelled"
 
 
 def _fitting(flows: Flows, status: str | None, owner: str | None, definition: str | None) -> list[UUID]:
