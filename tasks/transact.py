@@ -53,7 +53,7 @@ def run_transaction(
         # Its commits and rollbacks are of a savepoint: the transaction is the step's.
         session = Session(connection, join_transaction_mode="create_savepoint")
         try:
-            with session, replay.inside(place.name), time_limit(options.seconds):
+            with session, replay.inside(place.name, work), time_limit(options.seconds):
                 with replay.interruptible().body():
                     value = work(session, *args, **kwargs)
                 session.flush()
