@@ -89,7 +89,7 @@ class InlineStep:
 
     def body(self) -> str:
         """Calls the function; its result as JSON text."""
-        with self._replay.inside(self.place.name):
+        with self._replay.inside(self.place.name, self._work):
             bounds = self._options.seconds, self._replay.interruptible()
             value = call(self._driver.loop, self._work, self._args, self._kwargs, *bounds)
         return self._codec.encode(self._what, value, self._driver.max_payload_bytes)

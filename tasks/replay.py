@@ -212,9 +212,9 @@ class Replay:
             raise InvalidData(f"step {name}", "cannot wait: the flow cleans up")
 
     @contextmanager
-    def inside(self, name: str) -> Iterator[None]:
-        """While the step's own code runs."""
-        self.driver.runtime.before_body(name)
+    def inside(self, name: str, body: Callable[..., Any]) -> Iterator[None]:
+        """While the step's own code, ``body``, runs."""
+        self.driver.runtime.before_body(name, body)
         self._inside.append(name)
         try:
             yield

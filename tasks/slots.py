@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery_flows.store import Flow, FlowError, schedules
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from celery_flows.tasks.runtime import Runtime
 
 log = logging.getLogger("celery_flows.slots")
-
-AHEAD = timedelta(seconds=1)  # beat's clock may be this much ahead of the database's; the flow begins at its slot
 
 
 def start_due(runtime: Runtime) -> int:
@@ -40,10 +39,7 @@ def try_to_start(runtime: Runtime, definition: FlowDefinition[Any, Any]) -> int:
 
 
 def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Schedule) -> int:
-    zone = runtime.app.timezone
-
-    def due(now: datetime, last: datetime | None) -> list[datetime]:
-        return schedule.due(now + AHEAD, last, zone)
+    due = partial(runtime.due_slots, schedule)
 
     def flow_at(slot: datetime, begins_at: datetime) -> tuple[Flow, Drive]:
         flow = definition.new_flow(

@@ -91,7 +91,7 @@ def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery:
     if claim.cancel_requested and not claim.args.get("cleanup"):
         return cancelled(claim)
     try:
-        runtime.before_body(claim.task)
+        runtime.before_body(claim.task, task.run)
         value = _call(runtime, task, claim, delivery)
         result = result_codec(task.run).encode(
             f"result of step {claim.task}", value, runtime.settings.max_payload_bytes

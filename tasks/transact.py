@@ -57,7 +57,7 @@ def run_transaction(
         session = Session(connection, join_transaction_mode="create_savepoint")
         follow = hold_back(session)
         try:
-            with session, replay.inside(place.name), time_limit(options.seconds):
+            with session, replay.inside(place.name, work), time_limit(options.seconds):
                 with replay.interruptible().body():
                     value = work(session, *args, **kwargs)
                 session.flush()

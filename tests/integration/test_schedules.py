@@ -14,7 +14,7 @@ from celery_flows import Flows, FlowStatus, InvalidData, Run
 from celery_flows.store import operations as op
 from celery_flows.store import schedules
 from celery_flows.store.tables import flow_heartbeats, flows
-from celery_flows.tasks import slots
+from celery_flows.tasks import runtime, slots
 from tests.integration.conftest import MakeBench
 from tests.integration.test_engine_app import OUR_ENTRIES, shop
 from tests.support.bench import Bench
@@ -100,7 +100,7 @@ def test_a_slot_starts_one_flow_with_the_slot_as_its_input(bench: Bench) -> None
 
 def test_whoever_looks_too_early_has_the_flow_begin_at_its_slot(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     hourly(bench)
-    monkeypatch.setattr(slots, "AHEAD", HOUR)
+    monkeypatch.setattr(runtime, "AHEAD", HOUR)
     bench.messages()
     assert (look(bench), look(bench)) == (1, 1)
     [flow] = started(bench)
