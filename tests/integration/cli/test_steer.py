@@ -26,6 +26,14 @@ def test_cancel_asks_a_flow_once_and_tells_that_an_ended_one_has_ended(project: 
     assert (refused.returncode, "it has ended" in refused.stderr) == (1, True)
 
 
+def test_a_flow_whose_code_is_gone_is_cancelled_now(project: Project, store: SqlFlowStore) -> None:
+    flow_id = project.done("start", "shop/hello").strip()
+    assert project.done("cancel", "--now", flow_id) == f"{flow_id} cancelled\n"
+    stored = store.get(UUID(flow_id))
+    assert stored is not None
+    assert stored.status is FlowStatus.CANCELLED
+
+
 def test_resume_wakes_a_flow_that_waits_and_no_other(project: Project, store: SqlFlowStore) -> None:
     manager = FlowManager(store)
     flow_id = a_flow(manager)
