@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +15,7 @@ import click
 from celery_flows.store import audit, statistics
 from celery_flows.store.statistics import Count
 from celery_flows.tasks import maintenance
+from celery_flows.tasks.archive import JsonLinesFile
 from celery_flows.worker import output
 from celery_flows.worker.cli import shapes
 from celery_flows.worker.cli.arguments import FlowId, Moment, resolved, say_yes
@@ -36,8 +38,12 @@ def sweep(flows: Flows, as_json: bool) -> None:
     help="Of all that say nothing themselves. Default: as is set, for longer if they failed.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Delete nothing; count what would go, up to 10,000.")
+@click.option(
+    "--archive", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="Append what is deleted to this file first, a line of JSON for each flow.",
+)  # fmt: skip
 @say_yes("deleting")
-def prune(flows: Flows, retain_days: int | None, dry_run: bool, yes: bool, as_json: bool) -> None:
+def prune(flows: Flows, retain_days: int | None, dry_run: bool, archive: Path | None, yes: bool, as_json: bool) -> None:
     """Deletes ended flows that are past their retention.
 
     Their steps and events go with them.
@@ -52,8 +58,13 @@ def prune(flows: Flows, retain_days: int | None, dry_run: bool, yes: bool, as_js
         what = f"This deletes {count} flows that are past their retention, with their histories"
         confirm(what, yes=yes or is_nothing)
         total = count.number if count is not None and count.precision == "exact" else None
-        with progress("pruning", total) as progressed:
-            told["pruned"] = maintenance.prune(flows.runtime, retain_days, progress=progressed)
+        kept = None if archive is None else JsonLinesFile(archive)
+        try:
+            with progress("pruning", total) as progressed:
+                told["pruned"] = maintenance.prune(flows.runtime, retain_days, archive=kept, progress=progressed)
+        except OSError as error:
+            at = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"the archive could not be written ({at}{error.strerror or error})") from error
         line = f"{told['pruned']} flows pruned"
     output.show_json(told) if as_json else click.echo(line)
 

@@ -63,6 +63,25 @@ def test_prune_deletes_what_ended_before_the_days_that_are_kept(project: Project
     assert (store.get(old), store.get(fresh) is None, store.get(running) is None) == (None, False, False)
 
 
+def test_prune_archives_what_it_deletes_or_deletes_nothing(
+    project: Project, store: SqlFlowStore, tmp_path: Path
+) -> None:
+    manager = FlowManager(store)
+    flow_id = a_flow(manager)
+    manager.finish(flow_id)
+    prune = "prune", "--retain-days", "0", "--yes", "--archive"
+
+    refused = project.flow(*prune, str(tmp_path / "missing" / "flows.jsonl"))
+    assert (refused.returncode, refused.stdout, store.get(flow_id) is None) == (1, "", False)
+    assert "the archive could not be written" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+    assert project.done(*prune, str(tmp_path / "flows.jsonl")) == "1 flows pruned\n"
+    (line,) = (tmp_path / "flows.jsonl").read_text().splitlines()
+    assert json.loads(line)["flow"]["id"] == str(flow_id)
+    assert store.get(flow_id) is None
+
+
 def test_verify_says_nothing_is_wrong_and_exits_with_0(project: Project, store: SqlFlowStore) -> None:
     flow_id = a_flow(FlowManager(store))
     project.done("start", "shop/hello")
