@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -174,13 +175,17 @@ def test_silent_sweeps_and_a_silent_beat_are_found(bench: Bench) -> None:
     chores_done(bench)
     assert found(bench, "sweep_silent") == found(bench, "beat_silent") == []
     backdate(bench, flow_heartbeats, "at", seconds=3 * 10 + 40)
-    assert found(bench, "sweep_silent") == found(bench, "beat_silent") == ["last seen 70 s ago"]
+    for kind in ("sweep_silent", "beat_silent"):
+        (about,) = found(bench, kind)
+        assert re.fullmatch(r"last seen 7\d s ago", about)
 
 
 def test_a_chore_that_beat_has_stopped_doing_is_found(bench: Bench) -> None:
     chores_done(bench)
     backdate(bench, flow_heartbeats, "at", seconds=3 * 10 + 40)
-    assert found(bench, "chore_silent") == ["prune: last seen 70 s ago", "verify: last seen 70 s ago"]
+    prune, verify = found(bench, "chore_silent")
+    assert re.fullmatch(r"prune: last seen 7\d s ago", prune)
+    assert re.fullmatch(r"verify: last seen 7\d s ago", verify)
 
 
 def test_a_slot_that_has_passed_and_that_nobody_looked_at_is_found(bench: Bench) -> None:
