@@ -168,9 +168,12 @@ class FlowDefinition(AsyncStarts[In, Out]):
             raise InvalidData("input", f"flow {self.name!r} takes none")
         return None
 
-    def drive_row(self, limit_key: str | None) -> Drive:
-        """The drive row of a new flow, which begins as soon as it can."""
-        return Drive(self.name, self.queue, self.priority, self._runtime.first_pause, limit_key=limit_key)
+    def drive_row(self, limit_key: str | None, priority: int | None = None) -> Drive:
+        """The drive row of a new flow, which begins as soon as it can; without a priority of its own it has the
+        definition's."""
+        if priority is None:
+            priority = self.priority
+        return Drive(self.name, self.queue, priority, self._runtime.first_pause, limit_key=limit_key)
 
     def limit_key(self, encoded: Any) -> str | None:
         """What a flow with this input, as stored, shares its limit with; None: it has no limit.
