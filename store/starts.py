@@ -40,7 +40,7 @@ def find_started(conn: Connection, flow: Flow) -> UUID:
     """Which flow is there for the key of this one, which could not be created.
 
     Raises:
-        KeyConflict: the key was used with other input.
+        KeyConflict: the key was used with other input, for a flow that goes on for none.
         FlowNotFound: it was pruned in the very moment in between.
     """
     assert flow.idempotency_key is not None
@@ -77,7 +77,7 @@ def create_many(conn: Connection, template: Flow, payload: dict[str, Any], new: 
     again after a lost reply gives the same flows.
 
     Raises:
-        KeyConflict: a key was used with other input. Nothing was written.
+        KeyConflict: a key was used with other input, for a flow that goes on for none. Nothing was written.
     """
     there = _with_their_keys(conn, template, new)
     told = encode_json("payload", {**payload, **told_of_drive(new[0].drive), "set": created_columns(template)})
