@@ -218,7 +218,7 @@ class Driver(Telling):
         )
         if self.open_members:
             self.settle_members()
-        drive = definition.drive_row(definition.limit_key(flow.input_json))
+        drive = definition.drive_row(definition.limit_key(flow.input_json), self.claim.priority)
         columns = {"status": FlowStatus.FINISHED, "wait_json": None, "idempotency_key": None, "continued_as": flow.id}
         with self.unwinding():
             self.write(

@@ -90,7 +90,7 @@ def _begin(
         deadline_at=None if definition.timeout is None else store.run(op.now) + definition.timeout,
         forked_from=old.id,
     )
-    drive = definition.drive_row(definition.limit_key(flow.input_json))
+    drive = definition.drive_row(definition.limit_key(flow.input_json), origin.priority)
     call = Call(taking_over.create_taking_over, (flow, drive, taken_over(origin, steps, flow.id, state)))
     store.attempt(call, settled=Call(op.find_created, (flow,)))
     once_committed(caller, lambda: runtime.publisher.publish(drive_hint(flow.id, drive)))

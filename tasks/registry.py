@@ -94,7 +94,8 @@ class FlowDefinition(AsyncStarts[In, Out]):
 
         Args:
             input: what the function takes, validated by its annotation.
-            key: idempotency key within this definition: the same key again gives the flow that is there.
+            key: idempotency key within this definition: the same key again gives the flow that is there, or the last
+                that has gone on for it.
             owner: the owner session key, e.g. ``tenant:acme``.
             goal: for people.
             priority: of its messages, 0 to 255, as your broker has it; None: the definition's.
@@ -103,8 +104,8 @@ class FlowDefinition(AsyncStarts[In, Out]):
 
         Raises:
             InvalidData: the input is not what the function takes, or cannot be JSON. Nothing was written.
-            KeyConflict: the key was used with other input.
-            StartPending: another transaction that is still open holds the key.
+            KeyConflict: the key was used with other input, for a flow that has not started anew.
+            StartPending: another transaction that is still open holds the key. Nothing was written; yours can go on.
             StoreError: the database could not be reached.
         """
         return start(self._runtime, self, input, key, Options(owner, goal, priority, countdown, eta), session)
@@ -132,8 +133,9 @@ class FlowDefinition(AsyncStarts[In, Out]):
 
         Raises:
             InvalidData: naming an input or key by its number. Nothing was written.
-            KeyConflict: a key was used with other input. Nothing was written.
-            StartPending: another transaction that is still open holds one of the keys.
+            KeyConflict: a key was used with other input, for a flow that has not started anew. Nothing was written.
+            StartPending: another transaction that is still open holds one of the keys. Nothing was written; yours can
+                go on.
             StoreError: the database could not be reached.
         """
         options = Options(owner, goal, priority, countdown, eta)
@@ -168,9 +170,12 @@ class FlowDefinition(AsyncStarts[In, Out]):
             raise InvalidData("input", f"flow {self.name!r} takes none")
         return None
 
-    def drive_row(self, limit_key: str | None) -> Drive:
-        """The drive row of a new flow, which begins as soon as it can."""
-        return Drive(self.name, self.queue, self.priority, self._runtime.first_pause, limit_key=limit_key)
+    def drive_row(self, limit_key: str | None, priority: int | None = None) -> Drive:
+        """The drive row of a new flow, which begins as soon as it can; without a priority of its own it has the
+        definition's."""
+        if priority is None:
+            priority = self.priority
+        return Drive(self.name, self.queue, priority, self._runtime.first_pause, limit_key=limit_key)
 
     def limit_key(self, encoded: Any) -> str | None:
         """What a flow with this input, as stored, shares its limit with; None: it has no limit.

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from celery_flows.store import Flow, FlowNotFound, InvalidData, KeyConflict, SqlFlowStore, StartPending, StoreError
+from celery_flows.store import InvalidData, SqlFlowStore, StartPending, StoreError, starts
 from celery_flows.store import operations as op
 from celery_flows.store.changes import Drive
 from celery_flows.store.clock import as_utc
 from celery_flows.store.dispatch import drive_hint
-from celery_flows.store.script import LOCK_NOT_AVAILABLE, Call
+from celery_flows.store.script import TRIES, Call, is_lock_timeout
 from celery_flows.store.validation import check_priority
 from celery_flows.tasks.handle import FlowHandle
 from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
@@ -57,16 +57,17 @@ def start(
         idempotency_key=key,
         input_json=encoded,
     )
-    call = Call(op.create_flow, (flow, told, drive))
+    # Who holds the key is not waited for; a caller whose transaction this is goes on with it all the same.
+    create = op.create_flow if key is None or caller is None else starts.create_flow_apart
+    found, lock_tries = Call(op.find_created, (flow,)), TRIES if key is None else 0
     try:
-        created = store.attempt(call, settled=Call(op.find_created, (flow,)), waits_for_locks=key is None)
+        created = store.attempt(Call(create, (flow, told, drive)), settled=found, lock_tries=lock_tries)
     except StoreError as error:
-        if key is not None and lock_timed_out(error):
+        if key is not None and is_lock_timeout(error.__cause__):
             raise StartPending(definition.name, key) from error
         raise
     if not created:
-        assert key is not None
-        return FlowHandle(runtime, _existing(store, flow, key).id, definition)
+        return FlowHandle(runtime, store.run(starts.find_started, flow), definition)
     if drive.published:
         once_committed(caller, lambda: runtime.publisher.publish(drive_hint(flow.id, drive)))
     return FlowHandle(runtime, flow.id, definition)
@@ -84,9 +85,8 @@ def drive_row(
     Raises:
         InvalidData: the priority or the delay is none, or lies past ``flow_timer_horizon_days``.
     """
-    row = definition.drive_row(limit_key)
-    if options.priority is not None:
-        row = replace(row, priority=check_priority(options.priority))
+    priority = None if options.priority is None else check_priority(options.priority)
+    row = definition.drive_row(limit_key, priority)
     if options.countdown is not None and options.eta is not None:
         raise InvalidData("eta", "cannot be given together with countdown")
     if (seconds := _seconds(options.countdown)) > 0:
@@ -130,17 +130,3 @@ def _check_horizon(runtime: Runtime, field: str, away: timedelta) -> None:
     days = runtime.settings.timer_horizon_days
     if days is not None and away > timedelta(days=days):
         raise InvalidData(field, f"is more than {days:g} days away (flow_timer_horizon_days)")
-
-
-def _existing(store: Any, flow: Flow, key: str) -> Flow:
-    known: Flow | None = store.run(op.find_by_key, flow.controller_id, key)
-    if known is None:  # pruned in the very moment in between
-        raise FlowNotFound(key)
-    if known.input_json != flow.input_json:
-        raise KeyConflict(flow.controller_id, key, known.id)
-    return known
-
-
-def lock_timed_out(error: StoreError) -> bool:
-    """Whether somebody held a lock for longer than this waits."""
-    return getattr(getattr(error.__cause__, "orig", None), "sqlstate", None) == LOCK_NOT_AVAILABLE

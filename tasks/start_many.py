@@ -17,10 +17,10 @@ from celery_flows.store import Flow, InvalidData, StartPending, StoreError, star
 from celery_flows.store.changes import Drive, NewFlow
 from celery_flows.store.dispatch import drive_hint
 from celery_flows.store.models import new_id
-from celery_flows.store.script import Call
+from celery_flows.store.script import TRIES, Call, is_lock_timeout
 from celery_flows.store.validation import check_name
 from celery_flows.tasks.handle import FlowHandle
-from celery_flows.tasks.start import Options, deadline_of, drive_row, lock_timed_out
+from celery_flows.tasks.start import Options, deadline_of, drive_row
 from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
 if TYPE_CHECKING:
@@ -126,9 +126,9 @@ def start_many(
     template = wanted.template.but(deadline_at=deadline_of(store, definition, called))
     keyed = any(each.key is not None for each in new)
     try:
-        there = store.attempt(Call(starts.create_many, (template, told, new)), waits_for_locks=not keyed)
+        there = store.attempt(Call(starts.create_many, (template, told, new)), lock_tries=0 if keyed else TRIES)
     except StoreError as error:
-        if keyed and lock_timed_out(error):
+        if keyed and is_lock_timeout(error.__cause__):
             raise StartPending(definition.name, None) from error
         raise
     hints = [drive_hint(each.id, each.drive) for each in new if there[each.id] == each.id and each.drive.published]

@@ -20,12 +20,12 @@ from celery_flows.store import FlowStepStatus, InvalidData, LeaseLost, StoreErro
 from celery_flows.store.changes import Completion
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import StepClaim
-from celery_flows.store.script import Call
+from celery_flows.store.script import TRIES, Call
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.failures import of_attempt
 from celery_flows.tasks.inline import timed_out
 from celery_flows.tasks.interrupts import IN_PEACE, Interrupted, Interruptible
-from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on, surely_held
+from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on, surely, surely_held
 from celery_flows.tasks.loop import Loop, call
 from celery_flows.tasks.payloads import result_codec
 from celery_flows.tasks.retry import NEVER, RetryRule
@@ -160,7 +160,7 @@ def _call(runtime: Runtime, task: Task[Any, Any], claim: StepClaim, delivery: De
         _task_stack.pop()
 
 
-def settle(runtime: Runtime, claim: StepClaim, outcome: Outcome) -> dispatch.Completed | None:
+def settle(runtime: Runtime, claim: StepClaim, outcome: Outcome, **how: Any) -> dispatch.Completed | None:
     """Records what an attempt came to; None: the step is not closed, or no longer this claim's."""
     if isinstance(outcome, Again):
         again = (claim.holder, claim.flow_id, claim.attempt, outcome.pause, outcome.error)
@@ -170,7 +170,7 @@ def settle(runtime: Runtime, claim: StepClaim, outcome: Outcome) -> dispatch.Com
     completed: dispatch.Completed | None = runtime.store.attempt(
         Call(dispatch.complete_step, (outcome,)),
         settled=Call(dispatch.find_completion, (outcome,)),
-        patience=runtime.settings.lease_seconds / 2,
+        **{**surely(runtime), **how},
     )
     if completed is None:
         log.info("step %s: its lease was lost, its outcome is refused", claim.holder.run_id)
@@ -192,7 +192,8 @@ def _settle_for(runtime: Runtime, worker: str, outcome: Callable[[StepClaim], Ou
     claim: StepClaim | None = runtime.store.run(dispatch.find_step_claim, worker)
     if claim is None:
         return False
-    completed = settle(runtime, claim, outcome(claim))
+    # Whoever asks sees to the leases of others, too, and asks again: no lock may hold that up for long.
+    completed = settle(runtime, claim, outcome(claim), lock_tries=TRIES)
     if completed is not None and completed.woke:
         runtime.call_worker(str(claim.flow_id))
     return True
