@@ -122,12 +122,10 @@ def test_a_wait_for_another_correlation_id_is_not_taken_for_the_recorded_one(ben
     else:
         bench.flows.emit("paid", "order-1", "yes")
     bench.work()
-    flow = handle.get()
-    assert flow.error_json == {
-        "type": "HistoryMismatch",
-        "message": "step 1 of the history is 'wait_for paid', but the flow function came to 'wait_for paid with another "
-        "correlation id'",
-    }
+    told = handle.get().error_json or {}
+    assert told["type"] == "HistoryMismatch"
+    assert "'wait_for paid with another correlation id'" in told["message"]
+    assert "order-" not in told["message"]
     order[0] = "order-1"
     bench.pass_time()
     if is_open:
