@@ -269,7 +269,7 @@ class Driver(Telling):
         """Parks the flow until the timer is due, in one transaction, and suspends."""
         with self.unwinding():
             self.write(
-                lambda: ("waiting", {"status": FlowStatus.WAITING, "wait_json": wait_json(timer)}),
+                lambda: ("waiting", _waits(timer, step)),
                 step=step, drive=Park(self.holder, self.claim.wakes, self.at_the_latest(timer.at)),
                 illegal_after_cancel=True,
                 forgive=self.crashed,
@@ -285,7 +285,7 @@ class Driver(Telling):
         """
         with self.unwinding():
             self.write(
-                lambda: ("waiting", {"status": FlowStatus.WAITING, "wait_json": wait_json(wait)}),
+                lambda: ("waiting", _waits(wait, step)),
                 step=step, illegal_after_cancel=True, forgive=self.crashed,
             )  # fmt: skip
             while True:
@@ -316,3 +316,7 @@ class Driver(Telling):
             return False
         self.revision += 1
         return True
+
+
+def _waits(wait: TimerWait | ExternalEventWait, step: StepWrite) -> dict[str, Any]:
+    return {"status": FlowStatus.WAITING, "wait_json": wait_json(wait), "current_step": step.task}

@@ -71,13 +71,15 @@ class Schedule:
 
         Args:
             now: the database's clock.
-            last: the last slot that was seen to; None: nobody has looked at this schedule before, so it begins now.
+            last: the last slot that was seen to; None: nobody has looked at this schedule before, so it begins now, and
+                no slot that has passed is its own.
         """
+        if last is None:
+            return []
         on_time_since = now - timedelta(seconds=ON_TIME_SECONDS)
-        since, most = (on_time_since, 1) if last is None else (last, MOST_SLOTS)
         slots: list[datetime] = []
         for slot in self.slots_before(now, zone):
-            if slot <= since or len(slots) == most:
+            if slot <= last or len(slots) == MOST_SLOTS:
                 break
             slots.append(slot)
         on_time = [slot for slot in slots if slot > on_time_since]

@@ -9,7 +9,7 @@ from typing import Any
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.changes import StepWrite
 from celery_flows.store.waits import ExternalEventWait, TimerWait
-from celery_flows.tasks.errors import WaitTimedOut
+from celery_flows.tasks.errors import HistoryMismatch, WaitTimedOut
 from celery_flows.tasks.replay import Place, Replay
 
 WAIT_TIMED_OUT = WaitTimedOut.__name__
@@ -42,6 +42,8 @@ def wait_for(replay: Replay, name: str, topic: str, correlation_id: str, timeout
     """
     place = replay.place(name)
     known = replay.find(place, waits=True)
+    if known is not None:
+        _check_is_same(replay, place, known, correlation_id)
     if known is None or not known.status.is_terminal:
         replay.begin()
         wait = _external_wait(replay, topic, correlation_id, timeout, place.run_id, known)
@@ -52,6 +54,16 @@ def wait_for(replay: Replay, name: str, topic: str, correlation_id: str, timeout
     if known.status is FlowStepStatus.FAILED and (known.error_json or {}).get("type") == WAIT_TIMED_OUT:
         raise WaitTimedOut(topic, correlation_id)
     return replay.outcome(known, None)
+
+
+def _check_is_same(replay: Replay, place: Place, known: FlowStep, correlation_id: str) -> None:
+    """Refuses a wait that history has with another correlation id: it would wait for what nobody sends, or has taken
+    another's event for its own. A wait that was taken over from another flow may have had that one's id, and is over.
+    """
+    is_taken_over = replay.driver.flow.forked_from is not None and known.status.is_terminal
+    if known.args_json.get("correlation_id", correlation_id) != correlation_id and not is_taken_over:
+        found = f"{place.shown} with another correlation id"
+        replay.driver.refuse_history(HistoryMismatch(known.task, found, place.position))
 
 
 def after(replay: Replay, argument: str, duration: timedelta) -> datetime:

@@ -205,6 +205,22 @@ def test_a_slot_that_has_passed_and_that_nobody_looked_at_is_found(bench: Bench)
     bench.work()
 
 
+def test_a_slot_that_was_left_out_is_a_notice_for_a_day(bench: Bench) -> None:
+    @bench.flows.flow("hourly", schedule=timedelta(hours=1), overlap="skip")
+    def hourly(run: Run) -> None: ...
+
+    slots.start_due(bench.runtime)
+    assert found(bench, "slot_skipped") == []
+    at = bench.store.run(op.now)
+    for hours, told in (3, ["flow 'hourly' at {}; 7 so far"]), (25, []):
+        last = (at - timedelta(hours=hours)).isoformat()
+        report = {"slot": at.isoformat(), "flow": None, "skipped": {"count": 7, "last": last}}
+        with bench.store.engine.begin() as connection:
+            connection.execute(sa.update(flow_heartbeats).values(report=report))
+        assert found(bench, "slot_skipped") == [each.format(last) for each in told]
+    assert not KINDS["slot_skipped"].is_problem
+
+
 def test_what_an_audit_found_is_told_until_it_is_mended(bench: Bench) -> None:
     begin(bench)
     assert maintenance.verify_sample(bench.runtime) == []
