@@ -17,6 +17,7 @@ from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import FlowCancelled
 from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on
+from celery_flows.tasks.metrics import LEASES_LOST
 from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.replay import Replay, Suspended
@@ -60,12 +61,14 @@ def _is_due_after(driver: Driver) -> bool:
         driver.runtime.store.run(dispatch.hand_back, driver.holder, UNKNOWN_PAUSE_SECONDS)
         return False
     try:
-        Pass(driver, definition).run()
+        with driver.runtime.watch.run(driver):
+            Pass(driver, definition).run()
     except Suspended:
         if (error := driver.interruption) is not None:  # the function caught it, or went on all the same
             let_go(driver.runtime, driver.holder, error)
             raise error from None
     except LeaseLost as lost:
+        driver.runtime.watch.meter.add(LEASES_LOST, ("drive",))
         log.info("%s", lost)
     except BaseException as error:
         let_go(driver.runtime, driver.holder, error)
@@ -111,9 +114,14 @@ class Pass:
             self._end_badly(cancelled)
 
     def _end(
-        self, outcome: Callable[[], tuple[str, dict[str, Any]]], *, illegal_after_cancel: bool = True, **more: Any
+        self,
+        outcome: Callable[[], tuple[str, dict[str, Any]]],
+        *,
+        error: str | None = None,
+        illegal_after_cancel: bool = True,
+        **more: Any,
     ) -> None:
-        """The last write.
+        """The last write. ``error`` is the type of what the flow failed with.
 
         Raises:
             FlowCancelled: cancel was requested, and nothing else may be the end.
@@ -122,6 +130,7 @@ class Pass:
         if driver.is_over:  # the function caught what was to unwind it
             raise Suspended
         driver.write(outcome, drive=End(), illegal_after_cancel=illegal_after_cancel, **more)
+        driver.runtime.watch.ended(driver.flow.controller_id, outcome()[0], driver.span, error)
         if (run_id := driver.claim.parent_run_id) is not None:
             settle_child(driver.runtime, run_id)
 
@@ -154,7 +163,7 @@ class Pass:
             failure = transitions.fail(flow, type(error).__name__, _told(error, undo_failed))
             return failure.kind, failure.columns
 
-        self._end(failed)
+        self._end(failed, error=type(error).__name__)
 
 
 def _told(error: BaseException, undo_failed: list[str]) -> dict[str, Any]:

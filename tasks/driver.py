@@ -194,11 +194,14 @@ class Driver(Telling):
             self.settle_members()
         drive = definition.drive_row(definition.limit_key(flow.input_json))
         columns = {"status": FlowStatus.FINISHED, "wait_json": None, "idempotency_key": None, "continued_as": flow.id}
-        with self.unwinding():
+        with self.runtime.watch.spans.starting(definition.name, apart=True) as started, self.unwinding():
+            flow = flow.model_copy(update={"trace_json": started.carrier})
+            started.tell(flow.id)
             self.write(
                 lambda: ("continued", columns), drive=End(), successor=Successor(flow, drive), illegal_after_cancel=True
             )
         self.is_over = True
+        self.runtime.watch.ended(self.flow.controller_id, FlowStatus.FINISHED, self.span)
         self.runtime.publisher.publish(dispatch.drive_hint(flow.id, drive))
         raise Suspended
 

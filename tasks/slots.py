@@ -46,15 +46,18 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
         return schedule.due(now + AHEAD, last, zone)
 
     def flow_at(slot: datetime) -> tuple[Flow, Drive]:
-        flow = Flow(
-            controller_id=definition.name,
-            definition_version=definition.version,
-            deadline_at=None if definition.timeout is None else slot + definition.timeout,
-            owner_session_key="default",
-            requester_origin="schedule",
-            idempotency_key=f"slot {slot.isoformat()}",
-            input_json=definition.encoded_input(slot if definition.takes_input else None),
-        )
+        with runtime.watch.spans.starting(definition.name) as started:
+            flow = Flow(
+                controller_id=definition.name,
+                definition_version=definition.version,
+                deadline_at=None if definition.timeout is None else slot + definition.timeout,
+                owner_session_key="default",
+                requester_origin="schedule",
+                idempotency_key=f"slot {slot.isoformat()}",
+                input_json=definition.encoded_input(slot if definition.takes_input else None),
+                trace_json=started.carrier,
+            )
+            started.tell(flow.id)
         return flow, definition.drive_row(definition.limit_key(flow.input_json))
 
     seen = runtime.store.run(schedules.start_due, row_of(definition), due, flow_at, schedule.overlap)

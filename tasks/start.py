@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
 
 from celery_flows.store import Flow, FlowNotFound, InvalidData, KeyConflict, SqlFlowStore, StartPending, StoreError
 from celery_flows.store import operations as op
@@ -15,6 +16,7 @@ from celery_flows.store.dispatch import drive_hint
 from celery_flows.store.script import LOCK_NOT_AVAILABLE, Call
 from celery_flows.store.validation import check_priority
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.spans import Starting
 from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
 if TYPE_CHECKING:
@@ -46,6 +48,21 @@ def start(
     session: Transaction | None,
 ) -> FlowHandle[Out]:
     """Stores the flow, and publishes its drive message after the commit. See :meth:`FlowDefinition.start`."""
+    with runtime.watch.spans.starting(definition.name) as started:
+        flow_id = _start(runtime, definition, input, key, options, session, started)
+        started.tell(flow_id)
+    return FlowHandle(runtime, flow_id, definition)
+
+
+def _start(
+    runtime: Runtime,
+    definition: FlowDefinition[Any, Any],
+    input: Any,
+    key: str | None,
+    options: Options,
+    session: Transaction | None,
+    started: Starting,
+) -> UUID:
     caller = None if session is None else transaction_of(session)
     store = runtime.store if caller is None else runtime.store.using(caller)
     encoded = definition.encoded_input(input)
@@ -58,6 +75,7 @@ def start(
         owner_session_key=options.owner,
         idempotency_key=key,
         input_json=encoded,
+        trace_json=started.carrier,
     )
     call = Call(op.create_flow, (flow, told, drive))
     try:
@@ -68,10 +86,10 @@ def start(
         raise
     if not created:
         assert key is not None
-        return FlowHandle(runtime, _existing(store, flow, key).id, definition)
+        return _existing(store, flow, key).id
     if drive.published:
         once_committed(caller, lambda: runtime.publisher.publish(drive_hint(flow.id, drive)))
-    return FlowHandle(runtime, flow.id, definition)
+    return flow.id
 
 
 def drive_row(

@@ -125,10 +125,12 @@ def start_many(
     store = runtime.store if caller is None else runtime.store.using(caller)
     called, told = drive_row(runtime, store, definition, options)
     new = [NewFlow(*item, drive=drive) for item, drive in zip(wanted.items, _drives(called, wanted), strict=True)]
-    template = wanted.template.but(deadline_at=deadline_of(store, definition, called))
+    deadline = deadline_of(store, definition, called)
     keyed = any(each.key is not None for each in new)
     try:
-        there = store.attempt(Call(starts.create_many, (template, told, new)), waits_for_locks=not keyed)
+        with runtime.watch.spans.starting(definition.name) as started:
+            template = wanted.template.but(deadline_at=deadline, trace_json=started.carrier)
+            there = store.attempt(Call(starts.create_many, (template, told, new)), waits_for_locks=not keyed)
     except StoreError as error:
         if keyed and lock_timed_out(error):
             raise StartPending(definition.name, None) from error

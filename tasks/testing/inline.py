@@ -30,6 +30,7 @@ from celery_flows.tasks.settings import FlowSettings
 from celery_flows.tasks.testing.names import is_meant
 from celery_flows.tasks.testing.stuck import Stuck
 from celery_flows.tasks.wait_steps import WAIT_TIMED_OUT
+from celery_flows.tasks.watch import Watch
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -82,6 +83,7 @@ class Storeless:
         self.app: Celery = runtime.app
         self.registry: Registry = runtime.registry
         self.settings: FlowSettings = runtime.settings
+        self.watch = Watch()
 
     def before_body(self, step: str) -> None:
         """Nobody is told."""
