@@ -70,8 +70,8 @@ class FlowSettings(BaseSettings):
     retain_days: int = Field(30, ge=0, le=36_500, description="How long ended flows are kept, by the daily prune.")
 
     metrics_port: int | None = Field(
-        None, ge=0, le=65_535, description="Where each worker answers /metrics, /healthz and /readyz; not set: nowhere. 0: "
-        "at any port that is free, which its log names.",
+        None, ge=0, le=65_535, description="Where each worker answers /metrics, /healthz and /readyz; not set: nowhere."
+        " 0: at any port that is free, which its log names.",
     )  # fmt: skip
     metrics_address: str = Field(
         "127.0.0.1", min_length=1, description="The address of that port; 0.0.0.0: all of this machine's."

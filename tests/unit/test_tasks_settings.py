@@ -29,7 +29,7 @@ BAD: dict[str, list[Any]] = {
     "retain_days": [-1, 10**6, SECRET],
     "imports": [7, [1, 2]],
     "metrics_port": [-1, 65_536, 1.5, SECRET],
-    "metrics_address": ["", 7],
+    "metrics_address": [""],
     "tracing": ["perhaps", 7],
     "log_format": ["xml", 7, SECRET],
 }
