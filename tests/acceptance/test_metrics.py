@@ -13,12 +13,10 @@ from celery_flows import FlowStatus
 from celery_flows.tasks.metrics import METRICS
 from tests.acceptance.conftest import MakeTown, Town
 from tests.support.brokers import Broker
-from tests.support.scrape import ANY, PORT, ask, scrape, url_of
+from tests.support.scrape import ANY, PORT, ask, await_value, scrape, url_of
 from tests.support.shop import Order
 from tests.support.waiting import until
 from tests.support.workers import Worker, is_alive
-
-COUNTED_SECONDS = 30.0
 
 
 @pytest.fixture
@@ -34,13 +32,6 @@ def start_worker(town: Town, *options: str, port: str = ANY, ready: bool = True)
     """A worker with metrics, whose temporary files are the town's."""
     (town.directory / "tmp").mkdir(exist_ok=True)
     return town.worker(*options, ready=ready, **{PORT: port, "TMPDIR": str(town.directory / "tmp")})
-
-
-def await_value(worker: Worker, wanted: float, name: str, **labels: str) -> None:
-    until(
-        lambda: scrape(worker).value(name, **labels) == wanted, f"{name} {labels} is {wanted}",
-        within_seconds=COUNTED_SECONDS,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])

@@ -14,6 +14,7 @@ from tests.support.workers import Worker
 
 PORT = "FLOW_METRICS_PORT"
 ANY = "0"  # the worker's log says which it has
+COUNTED_SECONDS = 30.0
 
 
 class Scraped:
@@ -63,3 +64,11 @@ def scrape(worker: Worker) -> Scraped:
     status, text = ask(worker, "/metrics")
     assert status == 200, text
     return Scraped(text)
+
+
+def await_value(worker: Worker, wanted: float, name: str, **labels: str) -> None:
+    """Waits until a worker has counted so much."""
+    until(
+        lambda: scrape(worker).value(name, **labels) == wanted, f"{name} {labels} is {wanted}",
+        within_seconds=COUNTED_SECONDS,
+    )  # fmt: skip
