@@ -39,6 +39,7 @@ class Tallies(Meter, Collector):
     def __init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="celery-flows-metrics-"))
         self._owner = os.getpid()
+        self._files: dict[str, MmapedDict] = {}
         self._begin()
         refer = weakref.WeakMethod(self._begin)
         os.register_at_fork(after_in_child=lambda: (begin := refer()) and begin())
@@ -47,7 +48,7 @@ class Tallies(Meter, Collector):
         """In each process anew: a forked one has its parent's counts, which are not its own, and maybe a lock that
         nobody will open."""
         self._lock = threading.Lock()
-        self._files: dict[str, MmapedDict] = {}
+        self._close_files()
         self._keys: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
 
     # ---- counting ----
@@ -68,17 +69,19 @@ class Tallies(Meter, Collector):
     def _file(self, kind: str) -> MmapedDict:
         if kind not in self._files:
             path = self.directory / f"{kind}_{os.getpid()}.db"
-            with path.open("ab") as file:  # all of it now: where a file has no room, writing into its memory kills
-                os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
+            with path.open("ab") as file:
+                if file.tell() == 0:  # all of it now: where a disk has no more room, writing into mapped memory kills
+                    file.write(bytes(FILE_BYTES))
             self._files[kind] = MmapedDict(str(path))
         return self._files[kind]
 
     def _keys_of(self, metric: Metric, labels: tuple[str, ...]) -> tuple[str, ...]:
-        series = metric.name, labels
-        if (known := self._keys.get(series)) is None:
-            if len(self._keys) >= MOST_SERIES:
-                labels = (OTHER,) * len(labels)
-            known = self._keys[series] = tuple(_keys(metric, labels))
+        known = self._keys.get((metric.name, labels))
+        if known is None and len(self._keys) >= MOST_SERIES:
+            labels = (OTHER,) * len(labels)
+            known = self._keys.get((metric.name, labels))
+        if known is None:
+            known = self._keys[metric.name, labels] = tuple(_keys(metric, labels))
             for key in known if metric.buckets else ():  # a histogram has all its buckets from the first
                 self._file("histogram").read_value(key)
         return known
@@ -110,9 +113,16 @@ class Tallies(Meter, Collector):
         return self.directory.glob("*.db")
 
     def close(self) -> None:
-        """Deletes the folder; what processes that are left count is lost."""
+        """Deletes the folder; whatever is counted from now on, here or in processes that are left, is lost."""
         if os.getpid() == self._owner:
+            with self._lock:
+                self._close_files()
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files = {}
 
 
 def _add(file: MmapedDict, key: str, amount: float) -> None:
