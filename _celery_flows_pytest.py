@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from celery import Celery
 
     from celery_flows import Flows
-    from celery_flows.testing import FlowApp, FlowClock, FlowCrash, FlowMessages
+    from celery_flows.testing import FlowApp, FlowBeat, FlowClock, FlowCrash, FlowMessages
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,6 +81,12 @@ def flow_clock(flow_app: FlowApp) -> FlowClock:
 
 
 @pytest.fixture
+def flow_beat(flow_app: FlowApp) -> FlowBeat:
+    """The beat of ``flow_app``: ``flow_beat.only("reports/nightly")``."""
+    return flow_app.beat
+
+
+@pytest.fixture
 def flow_crash(flow_app: FlowApp) -> FlowCrash:
     """Where workers die: ``flow_crash.at("charge")``."""
     return flow_app.crash
@@ -106,3 +112,15 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     finally:
         if opened.store.failures:
             item.add_report_section("call", "flows", "\n".join(opened.store.failures))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Tells whoever has used flows without ``flow_app``, or before it, that it is what gives them a store in a test."""
+    error = None if call.excinfo is None else call.excinfo.value
+    if getattr(error, "field", None) == "flow_store_url" and "flow_app" not in (getattr(item, "funcargs", None) or {}):
+        assert error is not None
+        error.add_note(
+            "In a test the fixture flow_app gives the store: ask for it, also in each fixture that has flows."
+        )
+    return (yield)

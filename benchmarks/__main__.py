@@ -35,14 +35,16 @@ def main(rounds: int, count: int, concurrency: int, file: Path) -> None:
     """Measures, prints a table, and writes the figures to a file."""
     with tempfile.TemporaryDirectory(prefix="celery-flows-") as scratch, Processes(Path(scratch)) as processes:
         done = Path(scratch) / "done"
-        store = _start(processes, concurrency, done)
+        os.environ["BENCHMARK_DONE"] = str(done)
+        store = start_worker(processes, concurrency)
         figures = _measure(rounds, count, done)
     _report(store, figures, file)
 
 
-def _start(processes: Processes, concurrency: int, done: Path) -> str:
+def start_worker(processes: Processes, concurrency: int) -> str:
+    """Starts broker and worker, and waits until it takes messages; gives the kind of the database."""
     os.environ.setdefault("FLOW_STORE_URL", f"sqlite:///{processes.directory / 'flows.db'}")
-    os.environ.update(CELERY_BROKER_URL=start_broker(processes), BENCHMARK_DONE=str(done))
+    os.environ["CELERY_BROKER_URL"] = start_broker(processes)
     store = SqlFlowStore.open(os.environ["FLOW_STORE_URL"])
     command = [sys.executable, "-m", "celery", "-A", "benchmarks.app", "worker", "-c", str(concurrency)]
     # At level info Celery logs each message, which costs all ways alike; "ready" is at that level too.

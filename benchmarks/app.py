@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from celery import Celery, chain
 
@@ -24,6 +25,12 @@ def nothing() -> None:
 def pass_on(value: int = 0) -> int:
     """A link of the bare chain."""
     return value + 1
+
+
+@app.task
+def take(ms: int) -> None:
+    """A member of a gather."""
+    time.sleep(ms / 1000)
 
 
 @app.task
@@ -53,6 +60,13 @@ def celery_steps(run: Run) -> None:
     """Five Celery steps, a message each."""
     for _ in range(STEPS):
         run.step(pass_on, 0)
+
+
+@flows.flow("benchmarks/gather")
+def gather(run: Run, size_limit_ms: tuple[int, int | None, int]) -> int:
+    """So many Celery steps side by side, of which so many are out at once, and each takes so long."""
+    size, limit, ms = size_limit_ms
+    return len(run.gather([take.s(ms) for _ in range(size)], limit=limit))
 
 
 def bare_chain() -> None:

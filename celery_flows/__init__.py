@@ -24,6 +24,7 @@ from celery_flows.store import (
     StoreError,
 )
 from celery_flows.tasks.approval import Approval
+from celery_flows.tasks.archive import JsonLinesFile
 from celery_flows.tasks.awaited import Decision, Event, Timer
 from celery_flows.tasks.errors import (
     FlowCancelled,
@@ -77,6 +78,7 @@ __all__ = [
     "HistoryMismatch",
     "IllegalTransition",
     "InvalidData",
+    "JsonLinesFile",
     "KeyConflict",
     "Limit",
     "Permanent",

@@ -1,6 +1,7 @@
 """For the tests of flows: what the pytest plugin's fixtures are, and what can be used without pytest.
 
-The fixtures ``flow_app``, ``flow_clock``, ``flow_crash`` and ``flow_messages`` come with the installed package.
+The fixtures ``flow_app``, ``flow_clock``, ``flow_beat``, ``flow_crash`` and ``flow_messages`` come with the
+installed package.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from celery import Celery
 from celery_flows.store import InvalidData
 from celery_flows.tasks.publish import DRIVE_TASK
 from celery_flows.tasks.testing.app import FlowApp
+from celery_flows.tasks.testing.beat import FlowBeat
 from celery_flows.tasks.testing.clock import FlowClock
 from celery_flows.tasks.testing.crash import FlowCrash, When
 from celery_flows.tasks.testing.databases import copy_template, open_for_tests
-from celery_flows.tasks.testing.history import assert_history, history
+from celery_flows.tasks.testing.history import assert_history, history, most_at_once
 from celery_flows.tasks.testing.inline import NotInline, run_inline
 from celery_flows.tasks.testing.messages import FlowMessages
 from celery_flows.tasks.testing.stuck import NeverStruck, Spins, Stuck
@@ -24,6 +26,7 @@ from celery_flows.worker.flows import Flows
 
 __all__ = [
     "FlowApp",
+    "FlowBeat",
     "FlowClock",
     "FlowCrash",
     "FlowMessages",
@@ -35,6 +38,7 @@ __all__ = [
     "assert_history",
     "copy_template",
     "history",
+    "most_at_once",
     "open_flow_app",
     "run_inline",
 ]

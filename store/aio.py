@@ -12,11 +12,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from celery_flows.store import operations as op
-from celery_flows.store import schema, script, sqlite
+from celery_flows.store import pruning, schema, script, sqlite
 from celery_flows.store.changes import Change
 from celery_flows.store.engines import dialect_of, make_async_engine, make_engine
 from celery_flows.store.models import Flow, FlowEvent, FlowStatus, FlowStep, new_id
 from celery_flows.store.operations import Mode
+from celery_flows.store.pruning import Retention
 from celery_flows.store.script import Call, Pause, Script
 from celery_flows.store.transitions import Transition
 
@@ -92,13 +93,14 @@ class AsyncFlowStore:
     ) -> Any:
         """:func:`script.attempts`, played; within the caller's transaction a single try."""
         if self._connection is None:
-            return await self._play(script.attempts(call, settled, again, **how))
+            return await self.play(script.attempts(call, settled, again, **how))
         try:
             return await self._connection.run_sync(call.operation, *call.args, **call.kwargs)
         except SQLAlchemyError as error:
             raise script.translated(error) from error
 
-    async def _play(self, todo: Script[T]) -> T:
+    async def play(self, todo: Script[T]) -> T:
+        """Carries out a script, each of its calls in a transaction of its own, or all in the caller's."""
         try:
             step = next(todo)
             while True:
@@ -116,6 +118,8 @@ class AsyncFlowStore:
         if isinstance(step, Pause):
             await asyncio.sleep(step.seconds)
             return None
+        if self._connection is not None:
+            return await self._connection.run_sync(step.operation, *step.args, **step.kwargs)
         async with self._engines[step.operation.mode].begin() as connection:  # type: ignore[attr-defined]
             return await connection.run_sync(step.operation, *step.args, **step.kwargs)
 
@@ -138,7 +142,7 @@ class AsyncFlowStore:
         return await self.run(op.list_by_status, status, limit, after)
 
     async def update_with_revision(self, flow: Flow) -> Flow:
-        return (await self.change(op.change_to(flow, None, {})))[0]
+        return (await self.change(op.change_to(flow, None, {}))).flow
 
     async def append_event(self, flow_id: UUID, kind: str, payload: dict[str, Any]) -> FlowEvent:
         write_id = new_id()
@@ -174,27 +178,24 @@ class AsyncFlowStore:
         change = op.change_to(flow, event_kind, event_payload)
         if event_kind == "waiting":
             await self.run(op.check_waits_by_hand, flow)
-        stored, event_id = await self.change(change)
+        stored, event_id, _ = await self.change(change)
         return stored, op.event_of(change, stored, event_id)
 
     async def prune_terminal_flows(self, retain_days: int) -> int:
-        pruned = 0
-        while (count := await self.run(op.prune_batch, retain_days)) > 0:
-            pruned += count
-        return pruned
+        return await self.play(pruning.prune(Retention(retain_days, retain_days)))
 
     # ---- beyond the contract ----
 
-    async def change(self, change: Change, **how: Any) -> tuple[Flow, int | None]:
+    async def change(self, change: Change, **how: Any) -> op.Written:
         """Writes one revision; a lost reply is looked into, never guessed at.
 
         Raises:
             FlowNotFound, RevisionMismatch: nothing was written.
         """
-        stored: tuple[Flow, int | None] = await self.attempt(
+        written: op.Written = await self.attempt(
             Call(op.change_operation(change), (change,)), settled=Call(op.find_change, (change,)), **how
         )
-        return stored
+        return written
 
     async def insert_and_append(self, flow: Flow, event_payload: dict[str, Any]) -> None:
         created = Call(op.insert_created, (flow, event_payload))

@@ -61,8 +61,8 @@ def _outcome(holder: Holder, parent_id: UUID, child: Flow | None, *, parent_is_c
     if child.status is FlowStatus.CANCELLED and parent_is_cancelled:
         return Completion(holder, parent_id, FlowStepStatus.CANCELLED)
     if child.status is FlowStatus.CANCELLED:  # for itself, or because another member failed
-        error = {"type": "FlowCancelled", "message": "the flow was cancelled"}
-        return Completion(holder, parent_id, FlowStepStatus.FAILED, error=error)
+        cancelled = {"type": "FlowCancelled", "message": "the flow was cancelled", "engine": True}
+        return Completion(holder, parent_id, FlowStepStatus.FAILED, error=cancelled)
     reason = child.state_json.get("failure", {}).get("reason", "")
     by_hand = {"type": "FlowFailed", "message": str(reason)}
     return Completion(holder, parent_id, FlowStepStatus.FAILED, error=child.error_json or by_hand)

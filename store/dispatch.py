@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -20,7 +20,7 @@ from celery_flows.store.changes import Change, Completion, Drive, End, Holder, P
 from celery_flows.store.errors import LeaseLost
 from celery_flows.store.models import Flow, FlowStep, FlowStepStatus, new_id
 from celery_flows.store.operations import change_flow, dialect, list_steps, lock_flow, now, reads, writes, writes_once
-from celery_flows.store.tables import UtcDateTime, flow_dispatch, flow_events, flow_steps, flows
+from celery_flows.store.tables import IS_PAUSED, UtcDateTime, flow_dispatch, flow_events, flow_steps, flows
 from celery_flows.store.transitions import fail
 from celery_flows.store.validation import encode_json
 
@@ -75,7 +75,7 @@ class Standing:
     revision: int
     status: str
     cancel_requested: bool
-    paused: bool
+    paused: bool  # and not to be cancelled, which comes first
     state: dict[str, Any]
     fence: int | None  # None: the row is gone, the flow has ended
     worker: str | None
@@ -190,15 +190,11 @@ def standing(conn: Connection, flow_id: UUID) -> Standing | None:
     f = flows.c
     joined = sa.outerjoin(flows, flow_dispatch, _d.run_id == sa.bindparam("run_id", str(flow_id), sa.Text()))
     row = conn.execute(
-        sa.select(f.revision, f.status, f.cancel_requested, f.paused_at, f.state_json, _d.fence, _d.worker)
+        sa.select(f.revision, f.status, f.cancel_requested, IS_PAUSED, f.state_json, _d.fence, _d.worker)
         .select_from(joined)
         .where(f.id == flow_id)
     ).first()
-    if row is None:
-        return None
-    return Standing(
-        row.revision, row.status, row.cancel_requested, row.paused_at is not None, row.state_json, row.fence, row.worker
-    )
+    return None if row is None else Standing(*row)
 
 
 def _held(holder: Holder) -> sa.ColumnElement[bool]:
@@ -415,13 +411,18 @@ def retry_step(
 
 @writes_once
 def sweep_due(
-    conn: Connection, limit: int, first_pause: float, max_pause: float, *, begun: bool | None = None
+    conn: Connection,
+    limit: int,
+    first_pause: float,
+    max_pause: float,
+    *,
+    only: Literal["begun", "step", "flow"] | None = None,
 ) -> list[Swept]:
     """Frees lost leases and takes due rows to be published, each again after a growing pause; nothing is published
     before this commits.
 
     Args:
-        begun: only rows of flows that somebody has driven before (True) or not (False).
+        only: rows that somebody has claimed before, or those of steps, or of flows, that nobody has.
     """
     return [
         Swept(
@@ -433,7 +434,7 @@ def sweep_due(
             row["publish_count"],
             row["was_held"],
         )
-        for row in dialect(conn).sweep(conn, limit, first_pause, max_pause, begun)
+        for row in dialect(conn).sweep(conn, limit, first_pause, max_pause, only)
     ]
 
 

@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 from celery_flows.store.models import TERMINAL, Flow, FlowEvent, FlowStep
@@ -151,7 +152,18 @@ def differing(stored: Flow | FlowStep, folded: dict[str, Any], fields: Iterable[
 
 
 def _comparable(value: Any) -> Any:
-    """Times and ids as events tell them: as text."""
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return value if isinstance(value, dict | list | int | float | None) else str(value)
+    """As events tell it: times and ids as text, and numbers as PostgreSQL's jsonb does, to which 1e23 is whole."""
+    match value:
+        case datetime():
+            return value.isoformat()
+        case dict():
+            return {key: _comparable(each) for key, each in value.items()}
+        case list():
+            return [_comparable(each) for each in value]
+        case float():
+            exact = Decimal(repr(value))
+            return int(exact) if exact == exact.to_integral_value() else value
+        case int() | None:
+            return value
+        case _:
+            return str(value)

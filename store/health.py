@@ -17,11 +17,11 @@ from sqlalchemy import Connection
 
 from celery_flows.store.models import OPEN, FlowStatus
 from celery_flows.store.operations import insert_into, now, reads, writes
-from celery_flows.store.tables import UtcDateTime, flow_dispatch, flow_heartbeats, flow_steps, flows
+from celery_flows.store.tables import IS_PAUSED, UtcDateTime, flow_dispatch, flow_heartbeats, flow_steps, flows
 
 _d = flow_dispatch.c
 # What a worker is to be called to. A paused flow's rows wait for nobody.
-_PAUSED = sa.exists().where(flows.c.id == _d.flow_id, flows.c.paused_at.isnot(None))
+_PAUSED = sa.exists().where(flows.c.id == _d.flow_id, IS_PAUSED)
 _WORK = sa.and_(_d.kind.in_(("drive", "step")), _d.task.isnot(None), ~_PAUSED)
 
 SHOWN = 20  # rows of a kind that are told one by one
@@ -91,7 +91,7 @@ def list_needed_definitions(conn: Connection) -> list[tuple[str, int, int]]:
     flow = flows.c
     driven = sa.join(flow_dispatch, flows, flow.id == _d.flow_id)
     by = (flow.controller_id, flow.definition_version)
-    wanted = sa.and_(_d.kind == "drive", _d.task.isnot(None), flow.paused_at.is_(None))
+    wanted = sa.and_(_d.kind == "drive", _d.task.isnot(None), ~IS_PAUSED)
     asked = sa.select(*by, sa.func.count()).select_from(driven).where(wanted).group_by(*by)
     return [(row[0], row[1], row[2]) for row in conn.execute(asked.order_by(*by))]
 

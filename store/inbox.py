@@ -59,6 +59,18 @@ def is_stored(conn: Connection, event_id: UUID) -> bool | None:
     return True if conn.scalar(sa.select(_i.position).where(_i.id == event_id)) is not None else None
 
 
+@reads
+def is_taken(conn: Connection, event_id: UUID) -> bool:
+    """Whether the event was handed over, or is the next to be: a flow waits for it, and no other event comes first."""
+    event = conn.execute(sa.select(_i.position, _i.event_key, _i.consumed_by).where(_i.id == event_id)).one()
+    if event.consumed_by is not None:
+        return True
+    earlier = sa.and_(_i.event_key == event.event_key, _i.consumed_by.is_(None), _i.position < event.position)
+    if conn.scalar(sa.select(_i.position).where(earlier).limit(1)) is not None:
+        return False
+    return conn.scalar(_longest_waiting(event.event_key).with_only_columns(flows.c.id)) is not None
+
+
 @writes
 def hand_over_next(conn: Connection, key: str) -> UUID | None:
     """Hands the oldest event of ``key`` to the flow that has waited longest; gives its id, None if either is missing.
@@ -74,14 +86,7 @@ def hand_over_next(conn: Connection, key: str) -> UUID | None:
     ).first()
     if event is None:
         return None
-    waiter = (
-        sa.select(*FLOW_COLUMNS)
-        .where(flows.c.wait_key == key, flows.c.status == FlowStatus.WAITING, flows.c.cancel_requested.is_(False))
-        .order_by(flows.c.rest_at, flows.c.id)
-        .limit(1)
-        .with_for_update(key_share=True)
-    )
-    row = conn.execute(waiter).mappings().first()
+    row = conn.execute(_longest_waiting(key).with_for_update(key_share=True)).mappings().first()
     if row is None:
         return None
     flow = Flow.of_row(row)
@@ -91,6 +96,12 @@ def hand_over_next(conn: Connection, key: str) -> UUID | None:
         conn, resumption(conn, flow, {"topic": event.topic, "correlation_id": event.correlation_id}, event.payload_json)
     )
     return flow.id
+
+
+def _longest_waiting(key: str) -> sa.Select[Any]:
+    """The flow that has waited longest for an event of this key."""
+    waits = sa.and_(flows.c.wait_key == key, flows.c.status == FlowStatus.WAITING, flows.c.cancel_requested.is_(False))
+    return sa.select(*FLOW_COLUMNS).where(waits).order_by(flows.c.rest_at, flows.c.id).limit(1)
 
 
 def resumption(conn: Connection, flow: Flow, told: dict[str, Any], payload: Any) -> Change:
@@ -177,7 +188,7 @@ def resume_by_hand(conn: Connection, flow_id: UUID, payload: dict[str, Any] | No
     transition = transitions.resume(flow, payload)
     driven = flow.wait_json is not None and "run_id" in flow.wait_json
     change = resumption(conn, flow, {}, payload) if driven else change_of(flow, transition, drive=Wake())
-    return change_flow(conn, replace(change, write_id=write_id))[0]
+    return change_flow(conn, replace(change, write_id=write_id)).flow
 
 
 @reads

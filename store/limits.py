@@ -23,10 +23,10 @@ from sqlalchemy import Connection
 from celery_flows.store.dispatch import Hint, is_claimable
 from celery_flows.store.models import TERMINAL
 from celery_flows.store.operations import insert_into, lock_flow, now, reads, writes, writes_once
-from celery_flows.store.tables import UtcDateTime, flow_dispatch, flow_limits, flows
+from celery_flows.store.tables import IS_PAUSED, UtcDateTime, flow_dispatch, flow_events, flow_limits, flows
 
 _d, _l = flow_dispatch.c, flow_limits.c
-_PAUSED = sa.exists().where(flows.c.id == _d.flow_id, flows.c.paused_at.isnot(None))
+_PAUSED = sa.exists().where(flows.c.id == _d.flow_id, IS_PAUSED)
 _IN_QUEUE = _d.queued_at.isnot(None)
 
 AT_ONCE = 100  # slots that are given in one transaction
@@ -118,29 +118,49 @@ def settle(conn: Connection, key: str, definition: str, bounds: Bounds, first_pa
     """Gives what is free of a limit to those who are next, and says who they are: their workers are to be called."""
     log = _lock(conn, key, definition)
     at = now(conn)
-    recent = bounds.recent(log, at.timestamp())
+    to_begin, began = _begun(conn, log) if bounds.starts is not None else ([], [])
+    recent = bounds.recent(began, at.timestamp())
     free = AT_ONCE
     if bounds.at_once is not None:
         free = min(AT_ONCE, max(0, bounds.at_once - _count(conn, key)))
-    may_begin = free if bounds.starts is None else min(free, max(0, bounds.starts - len(recent)))
+    may_begin = free if bounds.starts is None else min(free, max(0, bounds.starts - len(recent) - len(to_begin)))
     given = _next(conn, key, free, may_begin)
     _give(conn, [row.run_id for row in given], at + timedelta(seconds=first_pause))
-    if bounds.starts is not None:
-        recent += [at.timestamp()] * sum(row.fence == 0 for row in given)
     pause = 0.0 if len(given) == AT_ONCE else POLL_SECONDS
-    if len(given) < free and bounds.starts is not None and len(recent) >= bounds.starts:
-        # Who still queues has yet to begin: others would have been given the slots that are left.
-        pause = min(recent[-bounds.starts] + bounds.window_seconds - at.timestamp(), RATE_POLL_SECONDS)
-    _look_again(conn, key, bounds, recent, at, pause)
+    if bounds.starts is not None:
+        to_begin += [str(row.flow_id) for row in given if row.fence == 0]
+        starts = [*recent, *[at.timestamp()] * len(to_begin)]
+        if len(given) < free and len(starts) >= bounds.starts:
+            # Who still queues has yet to begin: others would have been given the slots that are left.
+            pause = min(starts[-bounds.starts] + bounds.window_seconds - at.timestamp(), RATE_POLL_SECONDS)
+    _look_again(conn, key, bounds, [*recent, *to_begin], at, pause)
     return [Hint(row.run_id, row.flow_id, row.kind, row.task, row.queue, row.priority, row.options) for row in given]
 
 
-def _lock(conn: Connection, key: str, definition: str) -> list[float]:
-    """Takes the limit's row, which is made if it is not there; gives when flows were let begin."""
+def _lock(conn: Connection, key: str, definition: str) -> list[float | str]:
+    """Takes the limit's row, which is made if it is not there; gives its log of starts."""
     made = insert_into(conn, flow_limits).values(key=key, definition=definition, due_at=NEVER_YET, recent_starts=[])
     locked = made.on_conflict_do_update(index_elements=["key"], set_={"definition": definition})
-    starts: list[float] = conn.execute(locked.returning(_l.recent_starts)).scalar_one()
-    return starts
+    log: list[float | str] = conn.execute(locked.returning(_l.recent_starts)).scalar_one()
+    return log
+
+
+def _begun(conn: Connection, log: Sequence[float | str]) -> tuple[list[str], list[float]]:
+    """Of the flows that were let begin: those that have not by now, be it that no worker is free, and when the others
+    did. Those are counted by their start, and these as if it were now."""
+    began = [entry for entry in log if not isinstance(entry, str)]
+    named = [UUID(entry) for entry in log if isinstance(entry, str)]
+    if not named:
+        return [], began
+    # In this order: one that begins in between has its event then.
+    yet_to = sa.select(_d.flow_id).where(_d.run_id.in_([str(each) for each in named]), _d.has_slot, _d.fence == 0)
+    waiting = set(conn.scalars(yet_to))
+    started = sa.and_(flow_events.c.flow_id.in_(named), flow_events.c.kind == "started")
+    starts = {
+        row.flow_id: row.at for row in conn.execute(sa.select(flow_events.c.flow_id, flow_events.c.at).where(started))
+    }
+    began += [at.timestamp() for at in starts.values()]
+    return [str(each) for each in named if each in waiting - starts.keys()], sorted(began)
 
 
 def _count(conn: Connection, key: str) -> int:
@@ -183,7 +203,9 @@ def _give(conn: Connection, run_ids: Sequence[str], due_at: datetime) -> None:
     conn.execute(sa.update(flow_dispatch).where(_d.run_id.in_(run_ids)).values(given))
 
 
-def _look_again(conn: Connection, key: str, bounds: Bounds, recent: list[float], at: datetime, pause: float) -> None:
+def _look_again(
+    conn: Connection, key: str, bounds: Bounds, log: Sequence[float | str], at: datetime, pause: float
+) -> None:
     """Says when somebody must look again, ``pause`` seconds from now if somebody queues; or that the limit is out of
     use."""
     mine = _l.key == key
@@ -193,13 +215,14 @@ def _look_again(conn: Connection, key: str, bounds: Bounds, recent: list[float],
     if not queues:
         if holds or is_paused:
             pause = IDLE_SECONDS
-        elif recent:
-            pause = recent[-1] + bounds.window_seconds - at.timestamp()
+        elif log:
+            last = max((entry for entry in log if not isinstance(entry, str)), default=at.timestamp())
+            pause = last + bounds.window_seconds - at.timestamp()
         else:
             conn.execute(sa.delete(flow_limits).where(mine))
             return
     due_at = at + timedelta(seconds=pause)
-    conn.execute(sa.update(flow_limits).where(mine).values(due_at=due_at, recent_starts=recent))
+    conn.execute(sa.update(flow_limits).where(mine).values(due_at=due_at, recent_starts=list(log)))
 
 
 # ---- who looks whether slots are free -------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ class FlowManager:
         return self.change(flow_id, transitions.cancel, owner_session_key=owner_session_key)
 
     def pause(self, flow_id: UUID, *, owner_session_key: str | None = None) -> Flow:
-        """Keeps workers from driving the flow until :meth:`unpause`; nothing else changes."""
+        """Keeps workers from driving the flow until :meth:`unpause`, but to cancel it; nothing else changes."""
         return self.change(flow_id, _pause, owner_session_key=owner_session_key)
 
     def unpause(self, flow_id: UUID, *, owner_session_key: str | None = None) -> Flow:

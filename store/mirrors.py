@@ -86,7 +86,7 @@ def _observe_statement() -> sa.TextualSelect:
     ahead = f"(x.attempt, {_RANK.format('x')}) > (t.attempt, {_RANK.format('t')})".replace("x.", "excluded.")
     types = {
         "id": "uuid", "flow_id": "uuid", "run_id": "text", "task": "text", "status": "text", "attempt": "integer",
-        "error": "jsonb", "called": "jsonb",
+        "error": "jsonb", "called": "json",
     }  # fmt: skip
     arrays = ", ".join(f"CAST(:{name} AS {type_}[])" for name, type_ in types.items())
     # FOR SHARE: whoever ends the flow waits for us, then closes what we open; or we wait, and open nothing.
@@ -198,7 +198,7 @@ def _is_mirrored(flow: Flow) -> bool:
 
 
 def _end(conn: Connection, flow: Flow, transition: Transition) -> FlowStatus:
-    return change_flow(conn, change_of(flow, transition, drive=End()))[0].status
+    return change_flow(conn, change_of(flow, transition, drive=End())).flow.status
 
 
 def _ending(conn: Connection, flow: Flow) -> Transition | None:

@@ -82,7 +82,10 @@ class Record(BaseModel):
     @classmethod
     def of_row(cls, row: Mapping[Any, Any]) -> Self:
         """The record of a row of our own tables; columns that are not fields are left out."""
-        fields = {name: row[name] for name in cls.model_fields if name in row}
+        values = dict(
+            row
+        )  # asked for its names one by one, a row of SQLAlchemy's takes most of the time of a long history
+        fields = {name: values[name] for name in cls.model_fields if name in values}
         return cls.model_construct(**fields)  # type: ignore[return-value]
 
     def but(self, **changes: Any) -> Self:
@@ -114,7 +117,8 @@ class Flow(Record):
     definition_version: int = Field(default=1, ge=1)
     parent_flow_id: UUID | None = None
     deadline_at: datetime | None = None
-    paused_at: datetime | None = None  # while set, no worker drives the flow
+    paused_at: datetime | None = None  # while set, no worker drives the flow, but to cancel it
+    retain_seconds: int | None = Field(default=None, ge=0)  # how long it is kept after its end; None: as is set
     finished_at: datetime | None = None  # set with every terminal status
     continued_as: UUID | None = None  # the flow that goes on for this one, with a fresh history
     forked_from: UUID | None = None  # the flow whose first steps this one has taken over

@@ -6,10 +6,10 @@ A decorator says how an operation is run; ``script.py`` carries it out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import Enum
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from celery_flows.store import postgresql, sqlite
-from celery_flows.store.changes import Change, Drive, change_of, follow_up
+from celery_flows.store.changes import Change, Drive, Park, change_of, follow_up
 from celery_flows.store.errors import (
     AlreadyTerminal,
     DuplicateFlow,
@@ -144,6 +144,15 @@ def get_flow(conn: Connection, flow_id: UUID) -> Flow | None:
 
 
 @reads
+def get_last_life(conn: Connection, flow_id: UUID) -> Flow | None:
+    """The flow, or the one that has gone on for it last; None: that one was pruned, or there is none."""
+    flow = get_flow(conn, flow_id)
+    while flow is not None and flow.continued_as is not None:
+        flow = get_flow(conn, flow.continued_as)
+    return flow
+
+
+@reads
 def find_by_key(conn: Connection, controller_id: str, key: str) -> Flow | None:
     mine = sa.select(*FLOW_COLUMNS).where(flows.c.controller_id == controller_id, flows.c.idempotency_key == key)
     row = conn.execute(mine).mappings().first()
@@ -232,9 +241,17 @@ def _limited(conn: Connection, query: Any, limit: int | None) -> Sequence[Any]:
 # ---- changes of a flow ----------------------------------------------------------------------------------------------
 
 
+class Written(NamedTuple):
+    """What came of a change."""
+
+    flow: Flow  # as stored
+    event_id: int | None
+    is_due: bool = False  # the change parked the flow, and somebody had called its driver meanwhile
+
+
 @writes_once
-def change_flow(conn: Connection, change: Change) -> tuple[Flow, int | None]:
-    """Writes one revision; gives the stored flow and the id of its event.
+def change_flow(conn: Connection, change: Change) -> Written:
+    """Writes one revision.
 
     Raises:
         RevisionMismatch, FlowNotFound: nothing was written.
@@ -245,11 +262,11 @@ def change_flow(conn: Connection, change: Change) -> tuple[Flow, int | None]:
         if actual is None:
             raise FlowNotFound(change.flow_id)
         raise RevisionMismatch(change.flow_id, change.revision, actual)
-    return Flow.of_row(row), row["event_id"]
+    return Written(Flow.of_row(row), row["event_id"], bool(row["is_due"]))
 
 
 @writes
-def change_with_children(conn: Connection, change: Change) -> tuple[Flow, int | None]:
+def change_with_children(conn: Connection, change: Change) -> Written:
     """:func:`change_flow`, with the child flows that its members are, in one transaction.
 
     Raises:
@@ -266,7 +283,7 @@ def change_with_children(conn: Connection, change: Change) -> tuple[Flow, int | 
 
 
 @writes
-def change_and_continue(conn: Connection, change: Change) -> tuple[Flow, int | None]:
+def change_and_continue(conn: Connection, change: Change) -> Written:
     """:func:`change_flow` for a flow that ends, with the one that goes on for it: in that order, for the key moves on.
 
     Raises:
@@ -298,7 +315,7 @@ def find_step_result(conn: Connection, flow_id: UUID, write_id: UUID) -> str | N
     return None if event is None else encode_json("result", event.payload_json["step"]["result_json"])
 
 
-def change_operation(change: Change) -> Callable[..., tuple[Flow, int | None]]:
+def change_operation(change: Change) -> Callable[..., Written]:
     """What writes this change: one statement, unless flows are made with it."""
     if change.successor is not None:
         return change_and_continue
@@ -307,16 +324,25 @@ def change_operation(change: Change) -> Callable[..., tuple[Flow, int | None]]:
 
 
 @reads
-def find_change(conn: Connection, change: Change) -> tuple[Flow, int | None] | None:
+def find_change(conn: Connection, change: Change) -> Written | None:
     """What :func:`change_flow` would have answered, if it committed and only its reply was lost; else None."""
     flow = get_flow(conn, change.flow_id)
     if flow is None:
         return None
     if change.kind is None:  # no event to go by, but the row itself says the same
         mine = all(getattr(flow, name) == value for name, value in change.columns.items())
-        return (flow, None) if mine and flow.revision == change.revision + 1 else None
+        return Written(flow, None) if mine and flow.revision == change.revision + 1 else None
     event = find_event(conn, change.flow_id, change.write_id)
-    return None if event is None else (flow, event.id)
+    return None if event is None else Written(flow, event.id, _is_due(conn, change))
+
+
+def _is_due(conn: Connection, change: Change) -> bool:
+    """Whether the row that the change parked is due now: more than a moment may have passed since."""
+    if not isinstance(change.drive, Park):
+        return False
+    d = flow_dispatch.c
+    due = sa.and_(d.worker.is_(None), d.due_at <= sa.literal(now(conn), UtcDateTime()))
+    return conn.scalar(sa.select(d.run_id).where(d.run_id == str(change.flow_id), due)) is not None
 
 
 def change_to(flow: Flow, kind: str | None, payload: dict[str, Any]) -> Change:
@@ -380,7 +406,7 @@ def update_locked(
     if transition.kind == "waiting":
         check_waits_by_hand(conn, flow)
     drive = follow_up(after.status, after.wait_json, transition.kind)
-    return change_flow(conn, change_of(flow, transition, drive=drive, write_id=write_id or new_id()))[0]
+    return change_flow(conn, change_of(flow, transition, drive=drive, write_id=write_id or new_id())).flow
 
 
 @reads
@@ -541,36 +567,7 @@ def find_observed(conn: Connection, step: FlowStep, write_id: UUID) -> FlowStep 
     return None if mine is None else find_step_by_run_id(conn, step.flow_id, step.run_id)
 
 
-# ---- retention ------------------------------------------------------------------------------------------------------
-
-PRUNE_BATCH = 500
-
-
-@writes
-def prune_batch(conn: Connection, retain_days: int, batch: int = PRUNE_BATCH) -> int:
-    """Deletes at most ``batch`` flows that ended more than ``retain_days`` days ago, steps and events with them.
-
-    A child whose parent is open is kept. ``finished_at`` equals the last ``updated_at`` of a terminal row.
-
-    Raises:
-        InvalidData: for a negative number of days.
-    """
-    if retain_days < 0:
-        raise InvalidData("retain_days", "must not be negative")
-    try:
-        before = now(conn) - timedelta(days=retain_days)
-    except OverflowError:  # for ever
-        return 0
-    parent = flows.alias("parent")
-    open_parent = sa.exists().where(parent.c.id == flows.c.parent_flow_id, parent.c.finished_at.is_(None))
-    ended = (
-        sa.select(flows.c.id)
-        .where(flows.c.finished_at < before, flows.c.status.in_(TERMINAL), ~open_parent)
-        .order_by(flows.c.finished_at)
-        .limit(batch)
-        .with_for_update(skip_locked=True)
-    )
-    return conn.execute(sa.delete(flows).where(flows.c.id.in_(ended.scalar_subquery()))).rowcount
+# ---- the clock ------------------------------------------------------------------------------------------------------
 
 
 @reads

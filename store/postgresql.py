@@ -33,7 +33,7 @@ Row = Mapping[Any, Any]
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
 _TYPES = {c.name: c.type.compile(dialect=_DIALECT) for table in (flows, flow_steps) for c in table.c}
-_JSON = frozenset(name for name, type_ in _TYPES.items() if type_ == "JSONB")
+_JSON = frozenset(name for name, type_ in _TYPES.items() if type_ in ("JSON", "JSONB"))
 _FLOW = ", ".join(c.name for c in FLOW_COLUMNS)
 
 NOW = "statement_timestamp()"
@@ -105,13 +105,15 @@ def _change_statement(
         parts.append("f AS (UPDATE flow_dispatch d SET crash_count = 0 FROM u WHERE d.run_id = CAST(u.id AS text))")
     parts += _drive_sql(drive, forgive, joins)
     event_id = "(SELECT min(e.id) FROM e)" if tells else "NULL"
-    return sa.text(f"WITH {', '.join(parts)} SELECT {_FLOW}, {event_id} AS event_id FROM u").columns(*FLOW_COLUMNS)
+    is_due = "(SELECT w.is_due FROM w)" if drive is Park else "false"
+    told = f"{event_id} AS event_id, {is_due} AS is_due"
+    return sa.text(f"WITH {', '.join(parts)} SELECT {_FLOW}, {told} FROM u").columns(*FLOW_COLUMNS)
 
 
 _STEP_SQL = f"""s AS (INSERT INTO flow_steps (id, flow_id, runtime, run_id, task, status, result_json, error_json,
     args_json, position, attempt, created_at, updated_at)
-  SELECT :s_id, u.id, 'managed', :s_run_id, :s_task, :s_status, {param("s_result", "jsonb")},
-    {param("s_error", "jsonb")}, {param("s_args", "jsonb")}, {param("s_position", "integer")},
+  SELECT :s_id, u.id, 'managed', :s_run_id, :s_task, :s_status, {param("s_result", "json")},
+    {param("s_error", "jsonb")}, {param("s_args", "json")}, {param("s_position", "integer")},
     {param("s_attempt", "integer")},
     u.updated_at - CAST(:s_elapsed AS bigint) * interval '1 microsecond', u.updated_at FROM u
   ON CONFLICT (flow_id, run_id) DO UPDATE SET status = excluded.status, result_json = excluded.result_json,
@@ -119,7 +121,7 @@ _STEP_SQL = f"""s AS (INSERT INTO flow_steps (id, flow_id, runtime, run_id, task
   WHERE flow_steps.status IN ('pending', 'running'))"""
 
 _MEMBER_TYPES = {
-    "id": "uuid", "run_id": "text", "task": "text", "position": "integer", "args": "jsonb", "queue": "text",
+    "id": "uuid", "run_id": "text", "task": "text", "position": "integer", "args": "json", "queue": "text",
     "priority": "smallint", "options": "jsonb", "kind": "text", "status": "text", "child_session_key": "text",
 }  # fmt: skip
 
@@ -191,7 +193,8 @@ def _drive_sql(drive: type[Any], forgive: bool, joins: bool) -> list[str]:
             f"""w AS (UPDATE flow_dispatch d SET worker = NULL, publish_count = 0, {join} {crash}
                   has_slot = d.has_slot AND (CAST(:keeps_slot AS boolean) OR d.wakes <> :wakes),
                   due_at = CASE WHEN d.wakes = :wakes THEN {param("due_at", "timestamptz")} ELSE {NOW} END
-                FROM u{after_members} WHERE d.run_id = CAST(u.id AS text) AND d.fence = :fence)"""
+                FROM u{after_members} WHERE d.run_id = CAST(u.id AS text) AND d.fence = :fence
+                RETURNING d.wakes <> :wakes AS is_due)"""
         ]
     if drive is End:
         return [
@@ -296,7 +299,7 @@ def create(conn: Connection, flow: Flow, kind: str, told: str, wait_key: str | N
 
 
 _EACH = {
-    "id": "uuid", "key": "text", "input": "jsonb", "due": "timestamptz", "pause": "float8", "published": "int4",
+    "id": "uuid", "key": "text", "input": "json", "due": "timestamptz", "pause": "float8", "published": "int4",
     "limit_key": "text",
 }  # fmt: skip
 _OF_EACH = {"id": "i.id", "idempotency_key": "i.key", "input_json": "i.input", "created_at": NOW, "updated_at": NOW}
@@ -356,7 +359,8 @@ _TAKE = f"""fence = d.fence + 1, worker = :worker, due_at = {AFTER.format("lease
 _CLAIM_DRIVE = sa.text(
     f"""WITH f AS (SELECT id, status AS was, cancel_requested OR coalesce(deadline_at <= {NOW}, false) AS ends
           FROM flows
-          WHERE id = :flow_id AND status IN ('created', 'running', 'waiting') AND paused_at IS NULL FOR NO KEY UPDATE),
+          WHERE id = :flow_id AND status IN ('created', 'running', 'waiting')
+            AND (paused_at IS NULL OR cancel_requested) FOR NO KEY UPDATE),
         d AS (UPDATE flow_dispatch d SET {_TAKE}, queued_at = NULL, urgency = NULL FROM f
           WHERE d.run_id = CAST(f.id AS text) AND d.task IS NOT NULL AND {_CLAIMABLE}
             AND (d.limit_key IS NULL OR d.has_slot OR f.ends)
@@ -413,7 +417,7 @@ _COMPLETE = sa.text(
           WHERE run_id = :run_id AND kind IN ('step', 'child') AND fence = :fence
             AND worker IS NOT DISTINCT FROM CAST(:worker AS text)
           RETURNING flow_id, run_id, join_group),
-        s AS (UPDATE flow_steps t SET status = :status, result_json = CAST(:result AS jsonb),
+        s AS (UPDATE flow_steps t SET status = :status, result_json = CAST(:result AS json),
             error_json = CAST(:error AS jsonb), updated_at = {NOW}
           FROM r WHERE t.flow_id = r.flow_id AND t.run_id = r.run_id AND t.status IN ('pending', 'running')
           RETURNING r.flow_id),
@@ -449,7 +453,8 @@ def complete(conn: Connection, what: Completion) -> Row | None:
 _SWEEP = sa.text(
     f"""WITH c AS (SELECT run_id, worker IS NOT NULL OR publish_count > 0 AND crash_count > 0 AS was_held
           FROM flow_dispatch WHERE due_at <= {NOW} AND kind IN ('drive', 'step') AND task IS NOT NULL
-            AND (CAST(:begun AS boolean) IS NULL OR CAST(:begun AS boolean) = (fence > 0 OR kind = 'step'))
+            AND (CAST(:only AS text) IS NULL
+              OR CAST(:only AS text) = CASE WHEN fence > 0 THEN 'begun' WHEN kind = 'step' THEN 'step' ELSE 'flow' END)
           ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED)
         UPDATE flow_dispatch d SET worker = NULL, publish_count = d.publish_count + 1,
           crash_count = d.crash_count + CASE WHEN d.worker IS NULL THEN 0 ELSE 1 END,
@@ -461,8 +466,8 @@ _SWEEP = sa.text(
 )
 
 
-def sweep(conn: Connection, limit: int, first: float, cap: float, begun: bool | None = None) -> list[Row]:
-    return list(conn.execute(_SWEEP, {"limit": limit, "first": first, "cap": cap, "begun": begun}).mappings())
+def sweep(conn: Connection, limit: int, first: float, cap: float, only: str | None = None) -> list[Row]:
+    return list(conn.execute(_SWEEP, {"limit": limit, "first": first, "cap": cap, "only": only}).mappings())
 
 
 # ---- observations ---------------------------------------------------------------------------------------------------
@@ -470,7 +475,7 @@ def sweep(conn: Connection, limit: int, first: float, cap: float, begun: bool | 
 _OBSERVE = sa.text(
     f"""WITH s AS (INSERT INTO flow_steps (id, flow_id, runtime, child_session_key, run_id, task, status, result_json,
             error_json, position, attempt, created_at, updated_at)
-          SELECT :id, f.id, :runtime, :child_session_key, :run_id, :task, :status, CAST(:result_json AS jsonb),
+          SELECT :id, f.id, :runtime, :child_session_key, :run_id, :task, :status, CAST(:result_json AS json),
             CAST(:error_json AS jsonb), 0, 1, {NOW}, {NOW} FROM flows f WHERE f.id = :flow_id
             AND (f.finished_at IS NULL OR :status NOT IN ('pending', 'running'))
           ON CONFLICT (flow_id, run_id) DO UPDATE SET status = excluded.status,
@@ -494,6 +499,13 @@ def observe(conn: Connection, step: FlowStep, write_id: UUID | None) -> Row | No
     names = ("id", "runtime", "child_session_key", "run_id", "task", "status", "result_json", "error_json", "flow_id")
     values = encoded({n: getattr(step, n) for n in names}) | {"write_id": write_id}
     return conn.execute(_OBSERVE, values).mappings().first()
+
+
+def planned_rows(conn: Connection, query: sa.Select[Any]) -> int | None:
+    """How many rows the planner expects a query to give, by the statistics of the last ANALYZE."""
+    text = query.compile(dialect=conn.dialect, compile_kwargs={"literal_binds": True})
+    (plan,) = conn.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {text}").scalar_one()
+    return int(plan["Plan"]["Plan Rows"])
 
 
 # ---- engines --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from celery_flows.store.changes import Drive
 from celery_flows.store.models import Flow
-from celery_flows.store.operations import create_flow, find_by_key, get_flow, insert_into, now, reads, writes
+from celery_flows.store.operations import create_flow, find_by_key, insert_into, now, reads, writes
 from celery_flows.store.tables import flow_heartbeats
 
 _h = flow_heartbeats.c
@@ -25,6 +25,7 @@ _h = flow_heartbeats.c
 Overlap = Literal["allow", "skip", "wait"]  # what becomes of a slot while the flow of the one before is open
 
 Due = Callable[[datetime, datetime | None], Sequence[datetime]]  # of now, and the slot seen to last (None: never)
+FlowAt = Callable[[datetime, datetime], tuple[Flow, Drive]]  # of a slot, and when its flow begins
 
 
 @dataclass(slots=True)
@@ -37,14 +38,12 @@ class Seen:
 
 
 @writes
-def start_due(
-    conn: Connection, name: str, due: Due, flow_at: Callable[[datetime], tuple[Flow, Drive]], overlap: Overlap
-) -> Seen:
+def start_due(conn: Connection, name: str, due: Due, flow_at: FlowAt, overlap: Overlap) -> Seen:
     """Starts a flow for each slot that is due, all in one transaction.
 
     Args:
         due: says which slots are.
-        flow_at: makes the flow of a slot, and its drive row.
+        flow_at: makes the flow of a slot, which begins at a time, and its drive row.
         overlap: while the flow of the last slot is open, a slot has one all the same, or is passed over, or waits: then
             it and what comes after it is not seen to yet.
     """
@@ -53,24 +52,22 @@ def start_due(
         return Seen()
     row = _locked(conn, name)
     at = now(conn)
-    slots, flow_id = due(at, _slot(row)), row.get("flow_id")
+    slots, flow_before = due(at, _slot(row)), row.get("flow")
     seen = Seen()
     for number, slot in enumerate(slots):
-        if overlap != "allow" and _is_open(conn, flow_id):
+        if overlap != "allow" and _is_open(conn, flow_before):
             if overlap == "wait":
                 slots = slots[:number]
                 break
             seen.skipped.append(slot)
             continue
-        flow, drive = flow_at(slot)
+        flow, drive = flow_at(slot, max(slot, at))
         begins = drive if slot <= at else replace(drive, due_at=slot, published=False)
         if create_flow(conn, flow, {"slot": slot.isoformat()}, begins):
             (seen.started if begins.published else seen.held_back).append(flow.id)
-            flow_id = str(flow.id)
-        elif (known := find_by_key(conn, flow.controller_id, str(flow.idempotency_key))) is not None:
-            flow_id = str(known.id)
+        flow_before = [flow.controller_id, flow.idempotency_key]
     if slots or not row:
-        told = {"slot": (slots[-1] if slots else at).isoformat(), "flow_id": flow_id}
+        told = {"slot": (slots[-1] if slots else at).isoformat(), "flow": flow_before}
         conn.execute(sa.update(flow_heartbeats).where(_h.name == name).values(at=at, report=told))
     return seen
 
@@ -84,7 +81,7 @@ def last_slot(conn: Connection, name: str) -> datetime | None:
 @reads
 def is_held_up(conn: Connection, name: str) -> bool:
     """Whether the flow of the slot that was seen to last is still open."""
-    return _is_open(conn, (_row(conn, name, lock=False) or {}).get("flow_id"))
+    return _is_open(conn, (_row(conn, name, lock=False) or {}).get("flow"))
 
 
 def _slot(row: Mapping[str, Any] | None) -> datetime | None:
@@ -103,6 +100,8 @@ def _row(conn: Connection, name: str, *, lock: bool) -> Mapping[str, Any] | None
     return report
 
 
-def _is_open(conn: Connection, flow_id: str | None) -> bool:
-    flow = None if flow_id is None else get_flow(conn, UUID(flow_id))
-    return flow is not None and not flow.status.is_terminal
+def _is_open(conn: Connection, flow: Sequence[str] | None) -> bool:
+    """Whether the flow of this definition and key is. One that goes on as another hands its key on, so this is the last
+    of them, whatever was pruned of the others."""
+    found = None if flow is None else find_by_key(conn, *flow)
+    return found is not None and not found.status.is_terminal

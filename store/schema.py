@@ -86,6 +86,13 @@ def _writing(engine: sa.Engine) -> sa.Engine:
 
 
 def at(engine: sa.Engine) -> str | None:
-    """The version the database is at; None: no tables of ours."""
-    with engine.connect() as connection:
-        return current(connection)
+    """The version the database is at; None: no tables of ours.
+
+    Raises:
+        StoreError: the database refused or cannot be reached.
+    """
+    try:
+        with engine.connect() as connection:
+            return current(connection)
+    except DBAPIError as error:
+        raise script.translated(error) from error

@@ -36,7 +36,15 @@ from celery_flows.store.changes import (
 )
 from celery_flows.store.forks import ForkGate
 from celery_flows.store.models import OPEN, OPEN_STEP, Flow, FlowStatus, FlowStep
-from celery_flows.store.tables import FLOW_COLUMNS, UtcDateTime, flow_dispatch, flow_events, flow_steps, flows
+from celery_flows.store.tables import (
+    FLOW_COLUMNS,
+    IS_PAUSED,
+    UtcDateTime,
+    flow_dispatch,
+    flow_events,
+    flow_steps,
+    flows,
+)
 
 Row = Mapping[Any, Any]
 
@@ -87,8 +95,8 @@ def change(conn: Connection, what: Change) -> Row | None:
         event_id = _append_revision(conn, what, what.kind, what.told(), at)
     if what.step is not None:
         _write_step(conn, what.flow_id, what.step, at)
-    _settle_drive_row(conn, what, at, row["cancel_requested"])
-    return {**row, "event_id": event_id}
+    is_due = _settle_drive_row(conn, what, at, row["cancel_requested"])
+    return {**row, "event_id": event_id, "is_due": is_due}
 
 
 def _append_revision(conn: Connection, what: Change, kind: str, told: str, at: datetime) -> int:
@@ -127,28 +135,38 @@ def _schedule(conn: Connection, what: Change, at: datetime) -> int:
     assert isinstance(what.drive, Park)
     assert what.drive.join is not None
     due_at, group = at + timedelta(seconds=what.first_pause), what.drive.join.group
-    event_id = 0
-    for number, member in enumerate(what.members):
-        conn.execute(
-            sa.insert(flow_steps).values(
-                id=member.id, flow_id=what.flow_id, runtime="managed", run_id=member.run_id, task=member.task,
-                status=member.status, args_json=_text(member.args), position=member.position, attempt=1,
-                child_session_key=member.child_session_key, created_at=at, updated_at=at,
-            )
-        )  # fmt: skip
-        conn.execute(
-            sa.insert(flow_dispatch).values(
-                run_id=member.run_id, flow_id=what.flow_id, kind=member.kind, task=member.task, queue=member.queue,
-                priority=member.priority, options=member.options, join_group=group,
-                due_at=due_at if member.child is None else None, publish_count=int(member.child is None),
-            )
-        )  # fmt: skip
-        if number:
-            _append(conn, what.flow_id, "step_scheduled", _member_told(member), at)
-        else:  # the first member's event carries the flow's revision
-            told = f"{what.told()[:-1]},{_member_told(member)[1:]}"
-            event_id = _append_revision(conn, what, "step_scheduled", told, at)
+    # One call for all rows of a table: thousands of statements would keep every other writer out for seconds.
+    conn.execute(_NEW_STEP, [_member_step(what.flow_id, member, at) for member in what.members])
+    rows = [_member_row(what.flow_id, member, due_at, group) for member in what.members]
+    conn.execute(sa.insert(flow_dispatch), rows)
+    first, *others = what.members  # the first one's event carries the flow's revision
+    told = f"{what.told()[:-1]},{_member_told(first)[1:]}"
+    event_id = _append_revision(conn, what, "step_scheduled", told, at)
+    if others:
+        event = {"flow_id": what.flow_id, "kind": "step_scheduled", "at": at}
+        conn.execute(_NEW_EVENT, [{**event, "told": _member_told(member)} for member in others])
     return event_id
+
+
+_NEW_STEP = sa.insert(flow_steps).values(args_json=sa.bindparam("args", type_=sa.Text()))
+_NEW_EVENT = sa.insert(flow_events).values(payload_json=sa.bindparam("told", type_=sa.Text()))
+
+
+def _member_step(flow_id: UUID, member: Member, at: datetime) -> dict[str, Any]:
+    return {
+        "id": member.id, "flow_id": flow_id, "runtime": "managed", "run_id": member.run_id, "task": member.task,
+        "status": member.status, "args": member.args, "position": member.position, "attempt": 1,
+        "child_session_key": member.child_session_key, "created_at": at, "updated_at": at,
+    }  # fmt: skip
+
+
+def _member_row(flow_id: UUID, member: Member, due_at: datetime, group: int) -> dict[str, Any]:
+    is_step = member.child is None
+    return {
+        "run_id": member.run_id, "flow_id": flow_id, "kind": member.kind, "task": member.task, "queue": member.queue,
+        "priority": member.priority, "options": member.options, "join_group": group,
+        "due_at": due_at if is_step else None, "publish_count": int(is_step),
+    }  # fmt: skip
 
 
 def _member_told(member: Member) -> str:
@@ -159,7 +177,9 @@ def _member_told(member: Member) -> str:
     return f'{{"run_id":"{member.run_id}","step":{step.told()}}}'
 
 
-def _settle_drive_row(conn: Connection, what: Change, at: datetime, cancels: bool) -> None:
+def _settle_drive_row(conn: Connection, what: Change, at: datetime, cancels: bool) -> bool:
+    """Writes what the change means for the flow's own rows; True: it parked one that is due, for somebody had called
+    meanwhile."""
     mine = _d.run_id == str(what.flow_id)
     match what.drive:
         case Wake():
@@ -180,11 +200,12 @@ def _settle_drive_row(conn: Connection, what: Change, at: datetime, cancels: boo
                     )
                 )
         case Park() as park:
-            _park(conn, what, park, at)
+            return _park(conn, what, park, at)
         case End():
             _end(conn, what.flow_id, at)
         case None if what.forgive:
             conn.execute(sa.update(flow_dispatch).where(mine).values(crash_count=0))
+    return False
 
 
 def _due_if_free(at: datetime, cancels: bool) -> Any:
@@ -193,7 +214,7 @@ def _due_if_free(at: datetime, cancels: bool) -> Any:
     return case((and_(_d.worker.is_(None), may_begin), at), else_=_d.due_at)
 
 
-def _park(conn: Connection, what: Change, park: Park, at: datetime) -> None:
+def _park(conn: Connection, what: Change, park: Park, at: datetime) -> bool:
     values: dict[str, Any] = {
         "worker": None,
         "publish_count": 0,
@@ -209,9 +230,9 @@ def _park(conn: Connection, what: Change, park: Park, at: datetime) -> None:
             "join_good": park.join.good,
             "join_bad": park.join.bad,
         }
-    conn.execute(
-        sa.update(flow_dispatch).where(_d.run_id == str(what.flow_id), _d.fence == park.holder.fence).values(values)
-    )
+    mine = and_(_d.run_id == str(what.flow_id), _d.fence == park.holder.fence)
+    wakes = conn.scalar(sa.update(flow_dispatch).where(mine).values(values).returning(_d.wakes))
+    return wakes is not None and bool(wakes != park.wakes)
 
 
 def _end(conn: Connection, flow_id: UUID, at: datetime) -> None:
@@ -347,7 +368,7 @@ def claim_drive(conn: Connection, flow_id: UUID, worker: str, lease: float, repe
             ).where(
                 flows.c.id == flow_id,
                 flows.c.status.in_([status.value for status in OPEN]),
-                flows.c.paused_at.is_(None),
+                ~IS_PAUSED,
             )
         )
         .mappings()
@@ -479,10 +500,10 @@ def complete(conn: Connection, what: Completion) -> Row | None:
 # ---- sweep ----------------------------------------------------------------------------------------------------------
 
 
-def sweep(conn: Connection, limit: int, first: float, cap: float, begun: bool | None = None) -> list[Row]:
+def sweep(conn: Connection, limit: int, first: float, cap: float, only: str | None = None) -> list[Row]:
     at = now(conn)
-    is_begun = or_(_d.fence > 0, _d.kind == "step")
-    asked = true() if begun is None else is_begun if begun else ~is_begun
+    due_as = case((_d.fence > 0, "begun"), (_d.kind == "step", "step"), else_="flow")
+    asked = true() if only is None else due_as == only
     due = conn.execute(
         sa.select(flow_dispatch)
         .where(_d.due_at <= at, _d.kind.in_(["drive", "step"]), _d.task.isnot(None), asked)
@@ -552,6 +573,11 @@ def observe(conn: Connection, step: FlowStep, write_id: UUID | None) -> Row | No
     event = {"flow_id": step.flow_id, "kind": "step_observed", "payload_json": payload, "at": at, "write_id": write_id}
     conn.execute(sa.insert(flow_events).values(event))
     return row
+
+
+def planned_rows(conn: Connection, query: sa.Select[Any]) -> int | None:
+    """Nothing: SQLite expects no number of rows."""
+    return None
 
 
 # ---- engines --------------------------------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from celery_flows.store import operations as op
-from celery_flows.store import schema, script, sqlite
+from celery_flows.store import pruning, schema, script, sqlite
 from celery_flows.store.base import FlowStore
 from celery_flows.store.changes import Change
 from celery_flows.store.engines import dialect_of, make_engine
 from celery_flows.store.models import Flow, FlowEvent, FlowStatus, FlowStep, new_id
 from celery_flows.store.operations import Mode
+from celery_flows.store.pruning import Retention
 from celery_flows.store.script import Call, Pause, Script
 from celery_flows.store.transitions import Transition
 
@@ -86,13 +87,14 @@ class SqlFlowStore(FlowStore):
     def attempt(self, call: Call, settled: Call | None = None, again: dict[str, Any] | None = None, **how: Any) -> Any:
         """:func:`script.attempts`, played; within the caller's transaction a single try."""
         if self._connection is None:
-            return self._play(script.attempts(call, settled, again, **how))
+            return self.play(script.attempts(call, settled, again, **how))
         try:
             return call.operation(self._connection, *call.args, **call.kwargs)
         except SQLAlchemyError as error:
             raise script.translated(error) from error
 
-    def _play(self, todo: Script[T]) -> T:
+    def play(self, todo: Script[T]) -> T:
+        """Carries out a script, each of its calls in a transaction of its own, or all in the caller's."""
         try:
             step = next(todo)
             while True:
@@ -110,6 +112,8 @@ class SqlFlowStore(FlowStore):
         if isinstance(step, Pause):
             time.sleep(step.seconds)
             return None
+        if self._connection is not None:
+            return step.operation(self._connection, *step.args, **step.kwargs)
         engine = self._engines[step.operation.mode]  # type: ignore[attr-defined]
         with self._transaction(engine) as connection:
             return step.operation(connection, *step.args, **step.kwargs)
@@ -129,7 +133,7 @@ class SqlFlowStore(FlowStore):
         return self.run(op.list_by_status, status, limit, after)
 
     def update_with_revision(self, flow: Flow) -> Flow:
-        return self.change(op.change_to(flow, None, {}))[0]
+        return self.change(op.change_to(flow, None, {})).flow
 
     def append_event(self, flow_id: UUID, kind: str, payload: dict[str, Any]) -> FlowEvent:
         write_id = new_id()
@@ -159,27 +163,24 @@ class SqlFlowStore(FlowStore):
         change = op.change_to(flow, event_kind, event_payload)
         if event_kind == "waiting":
             self.run(op.check_waits_by_hand, flow)
-        stored, event_id = self.change(change)
+        stored, event_id, _ = self.change(change)
         return stored, op.event_of(change, stored, event_id)
 
     def prune_terminal_flows(self, retain_days: int) -> int:
-        pruned = 0
-        while (count := self.run(op.prune_batch, retain_days)) > 0:
-            pruned += count
-        return pruned
+        return self.play(pruning.prune(Retention(retain_days, retain_days)))
 
     # ---- beyond the contract ----
 
-    def change(self, change: Change, **how: Any) -> tuple[Flow, int | None]:
+    def change(self, change: Change, **how: Any) -> op.Written:
         """Writes one revision; a lost reply is looked into, never guessed at.
 
         Raises:
             FlowNotFound, RevisionMismatch: nothing was written.
         """
-        stored: tuple[Flow, int | None] = self.attempt(
+        written: op.Written = self.attempt(
             Call(op.change_operation(change), (change,)), settled=Call(op.find_change, (change,)), **how
         )
-        return stored
+        return written
 
     def insert_and_append(self, flow: Flow, event_payload: dict[str, Any]) -> None:
         created = Call(op.insert_created, (flow, event_payload))

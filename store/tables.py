@@ -38,8 +38,9 @@ terminal closes its open steps and deletes all its rows.
 ``flow_limits`` has a row for each limit that is in use; its lock lets one at a time give slots. Who has a slot, and who
 queues for one, stands in the drive rows alone: ``limit_key`` says which limit a flow is under, for good; ``has_slot``
 that it may be claimed; ``queued_at`` and ``urgency`` its place in the queue. Slots are given under that lock, and freed
-by whoever may write the drive row. ``due_at`` is when somebody must look again, ``recent_starts`` when flows were let
-begin within the limit's last stretch of time, as seconds since 1970.
+by whoever may write the drive row. ``due_at`` is when somebody must look again, ``recent_starts`` when flows began
+within the limit's last stretch of time, as seconds since 1970, and the ids of those that were let begin and, when
+somebody looked last, had not.
 
 Who writes: ``operations.py`` (records), ``dispatch.py`` (claims, transitions, completions), ``inbox.py`` (events),
 ``children.py`` (child flows), ``limits.py`` (slots), ``health.py`` (heartbeats), ``traces.py`` (spans), each through
@@ -58,7 +59,7 @@ from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSON, JSONB
 
 from celery_flows.store.models import FlowMode, FlowStatus, FlowStepStatus, StepRuntime
 
@@ -122,6 +123,9 @@ metadata = sa.MetaData(
 )
 
 Json = JsonText().with_variant(JSONB(none_as_null=True), "postgresql")
+# What programs are handed back, as they wrote it: jsonb sorts the keys of objects and makes 1e16 a whole number, so a
+# flow that goes through a result would come to other steps when it is replayed.
+Verbatim = JsonText().with_variant(JSON(none_as_null=True), "postgresql")
 BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
@@ -147,7 +151,7 @@ flows = sa.Table(
     sa.Column("owner_session_key", sa.Text(), nullable=False),
     sa.Column("requester_origin", sa.Text()),
     sa.Column("current_step", sa.Text()),
-    sa.Column("state_json", Json, nullable=False),
+    sa.Column("state_json", Verbatim, nullable=False),
     sa.Column("wait_json", Json),
     sa.Column("status", EnumText(FlowStatus), nullable=False),
     sa.Column("cancel_requested", sa.Boolean(), nullable=False),
@@ -155,8 +159,8 @@ flows = sa.Table(
     sa.Column("created_at", UtcDateTime(), nullable=False),
     sa.Column("updated_at", UtcDateTime(), nullable=False),
     sa.Column("mode", EnumText(FlowMode), nullable=False),
-    sa.Column("input_json", Json),
-    sa.Column("result_json", Json),
+    sa.Column("input_json", Verbatim),
+    sa.Column("result_json", Verbatim),
     sa.Column("error_json", Json),
     sa.Column("idempotency_key", sa.Text()),
     sa.Column("definition_version", sa.Integer(), nullable=False),
@@ -166,6 +170,7 @@ flows = sa.Table(
     sa.Column("finished_at", UtcDateTime()),
     sa.Column("continued_as", sa.Uuid()),
     sa.Column("forked_from", sa.Uuid()),
+    sa.Column("retain_seconds", sa.BigInteger()),
     sa.Column("trace_json", Json),
     # Derived, so in no record and in no event:
     sa.Column("rest_at", UtcDateTime(), nullable=False),  # updated_at, but for records of a running flow
@@ -179,10 +184,13 @@ flows = sa.Table(
     sa.Index(None, "status", "rest_at", "id"),
     sa.UniqueConstraint("controller_id", "idempotency_key"),
     _partial("ix_flows_idempotency_key", "idempotency_key IS NOT NULL", "idempotency_key"),
-    _partial("ix_flows_finished_at", "finished_at IS NOT NULL", "finished_at"),
+    _partial("ix_flows_ended", "finished_at IS NOT NULL", "retain_seconds", "status", "finished_at", "id"),
     _partial("ix_flows_wait_key", "wait_key IS NOT NULL", "wait_key", "rest_at", "id"),
     _partial("ix_flows_parent_flow_id", "parent_flow_id IS NOT NULL", "parent_flow_id"),
 )
+
+# Nobody drives such a flow. A cancel comes before a pause: it is driven to clean up.
+IS_PAUSED = sa.and_(flows.c.paused_at.isnot(None), flows.c.cancel_requested.is_(False))
 
 flow_steps = sa.Table(
     "flow_steps",
@@ -194,12 +202,12 @@ flow_steps = sa.Table(
     sa.Column("run_id", sa.Text(), nullable=False),
     sa.Column("task", sa.Text(), nullable=False),
     sa.Column("status", EnumText(FlowStepStatus), nullable=False),
-    sa.Column("result_json", Json),
+    sa.Column("result_json", Verbatim),
     sa.Column("created_at", UtcDateTime(), nullable=False),
     sa.Column("updated_at", UtcDateTime(), nullable=False),
     sa.Column("position", sa.Integer(), nullable=False),
     sa.Column("attempt", sa.Integer(), nullable=False),
-    sa.Column("args_json", Json),
+    sa.Column("args_json", Verbatim),
     sa.Column("error_json", Json),
     _one_of("status", FlowStepStatus, "status"),
     _one_of("runtime", StepRuntime, "runtime"),
@@ -266,7 +274,7 @@ flow_inbox = sa.Table(
     sa.Column("topic", sa.Text(), nullable=False),
     sa.Column("correlation_id", sa.Text(), nullable=False),
     sa.Column("event_key", sa.Text(), nullable=False),
-    sa.Column("payload_json", Json),
+    sa.Column("payload_json", Verbatim),
     sa.Column("created_at", UtcDateTime(), nullable=False),
     _flow_id(nullable=True, name="consumed_by"),
     sa.UniqueConstraint("id"),

@@ -1,19 +1,23 @@
-"""How far sweeps publish new flows ahead of the workers."""
+"""How far sweeps publish ahead of the workers what nobody has begun."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal, TypeAlias
 
 from celery_flows.store import SqlFlowStore, dispatch
 
 LEAST = 10  # that a sweep publishes all the same: what nobody takes from one queue must not keep others from theirs
 
+NotBegun: TypeAlias = Literal["step", "flow"]  # the rows that nobody has claimed: of members, and drive rows
+
 
 class Ahead:
-    """The new flows that this process's sweeps have published and nobody has claimed yet.
+    """The rows of a kind that this process's sweeps have published and nobody has claimed yet.
 
-    Without a bound thousands of flows that are due at once would all be published in a few seconds, and again and again
-    for as long as the workers take: a queue full of duplicates, behind which everything else would wait.
+    Without a bound thousands of flows that are due at once, or the members of a large gather, would all be published in
+    a few seconds, and again and again for as long as the workers take: a queue full of duplicates, behind which
+    everything else would wait.
     """
 
     def __init__(self) -> None:

@@ -42,9 +42,7 @@ def child_member(
         InvalidData: the input is not what it takes, or cannot be JSON.
     """
     definition = child.definition
-    flow = Flow(
-        controller_id=definition.name,
-        definition_version=definition.version,
+    flow = definition.new_flow(
         owner_session_key=parent.owner_session_key,
         parent_flow_id=parent.id,
         input_json=definition.encoded_input(child.input),

@@ -53,7 +53,7 @@ class Claimed:
         self.crashed = claim.crash_count > 0
         self.is_over = False  # nothing more may be done under this claim
         self.interruption: BaseException | None = None  # what a step raised that ends more than the step
-        self.is_due_again = False
+        self.is_due_again = False  # it was parked, and somebody had called meanwhile: whoever parked it goes on
         self.loop = Loop()
         self.span = Span()  # of this run
         self.kept_slot = False  # a limited flow keeps its slot beyond this claim
@@ -115,7 +115,7 @@ class Claimed:
                 columns = {"error_json": None, **columns}
             change = Change(self.flow.id, self.revision, kind, columns, **more)
             # What is written is the outcome of work: worth trying for as long as the lease is likely to last.
-            self.runtime.store.change(change, patience=self.patience)
+            self.is_due_again = self.runtime.store.change(change, patience=self.patience).is_due
 
         self.under_revision(write)
         self.kept_from_going_on = False

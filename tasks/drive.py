@@ -8,17 +8,15 @@ from typing import Any
 from uuid import UUID
 
 from celery_flows.store import FlowStatus, LeaseLost, dispatch, transitions
-from celery_flows.store.changes import End
 from celery_flows.store.clock import boottime
 from celery_flows.store.script import Call
 from celery_flows.tasks.admission import admitted, give_on
 from celery_flows.tasks.call import call_flow
-from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import FlowCancelled
+from celery_flows.tasks.failures import of_flow
 from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on
 from celery_flows.tasks.metrics import LEASES_LOST
-from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.replay import Replay, Suspended
 from celery_flows.tasks.run import Run
@@ -114,14 +112,9 @@ class Pass:
             self._end_badly(cancelled)
 
     def _end(
-        self,
-        outcome: Callable[[], tuple[str, dict[str, Any]]],
-        *,
-        error: str | None = None,
-        illegal_after_cancel: bool = True,
-        **more: Any,
+        self, outcome: Callable[[], tuple[str, dict[str, Any]]], *, illegal_after_cancel: bool = True, **more: Any
     ) -> None:
-        """The last write. ``error`` is the type of what the flow failed with.
+        """The last write.
 
         Raises:
             FlowCancelled: cancel was requested, and nothing else may be the end.
@@ -129,10 +122,7 @@ class Pass:
         driver = self._driver
         if driver.is_over:  # the function caught what was to unwind it
             raise Suspended
-        driver.write(outcome, drive=End(), illegal_after_cancel=illegal_after_cancel, **more)
-        driver.runtime.watch.ended(driver.flow.controller_id, outcome()[0], driver.span, error)
-        if (run_id := driver.claim.parent_run_id) is not None:
-            settle_child(driver.runtime, run_id)
+        driver.end(outcome, illegal_after_cancel=illegal_after_cancel, **more)
 
     def _end_badly(self, error: Exception) -> None:
         """Undoes what is to be undone, once nothing of the flow is at work any more; then the flow has failed, or is
@@ -163,8 +153,9 @@ class Pass:
             failure = transitions.fail(flow, type(error).__name__, _told(error, undo_failed))
             return failure.kind, failure.columns
 
-        self._end(failed, error=type(error).__name__)
+        self._end(failed)
 
 
 def _told(error: BaseException, undo_failed: list[str]) -> dict[str, Any]:
-    return {**describe(error), "undo_failed": undo_failed} if undo_failed else describe(error)
+    told = of_flow(error)
+    return {**told, "undo_failed": undo_failed} if undo_failed else told

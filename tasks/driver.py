@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import sqlalchemy as sa
 
 from celery_flows.store import (
-    Flow,
     FlowError,
     FlowStatus,
     FlowStep,
@@ -30,11 +29,12 @@ from celery_flows.store.changes import Change, End, Join, Member, Park, StepWrit
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.waits import ExternalEventWait, TimerWait, event_key, wait_json
-from celery_flows.tasks.children import DEEPEST
+from celery_flows.tasks.children import DEEPEST, settle_child
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import HistoryMismatch
 from celery_flows.tasks.inline import RETRY_AT
 from celery_flows.tasks.interrupts import Interruptible
+from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS
 from celery_flows.tasks.payloads import describe
 from celery_flows.tasks.replay import Place, Suspended
 from celery_flows.tasks.telling import Telling
@@ -79,15 +79,46 @@ class Driver(Telling):
             return self.runtime.store.run(children.lineage, self.flow.id, DEEPEST)
 
     def refuse_history(self, mismatch: HistoryMismatch) -> NoReturn:
-        """The function here is not the one that this history was made by: the flow is left alone, and says why."""
+        """The function here is not the one that this history was made by: the flow is left alone, and says why. One
+        that was left alone before, and is to be cancelled, ends here.
+
+        A cancel alone ends none: it may have met the wrong worker half way through a deployment, and another has the
+        function that cleans up.
+        """
+        was_refused = (self.flow.error_json or {}).get("type") == HistoryMismatch.__name__
+        if self.cancel_requested and was_refused:
+            self._cancel_without_cleanup(mismatch)
         log.error("flow %s of %r is left alone: %s", self.flow.id, self.flow.controller_id, mismatch)
         with self.unwinding():
             if self.flow.error_json != describe(mismatch):
                 self.kept_from_going_on = False
                 self.write(lambda: ("history_refused", {"error_json": describe(mismatch)}))
-            self.runtime.store.run(dispatch.hand_back, self.holder, REFUSED_PAUSE_SECONDS)
+        pause = UNKNOWN_PAUSE_SECONDS if self.cancel_requested else REFUSED_PAUSE_SECONDS
+        self.park(self.now() + timedelta(seconds=pause))
+
+    def _cancel_without_cleanup(self, mismatch: HistoryMismatch) -> NoReturn:
+        """Ends the flow once nothing of it is at work any more; its children are cancelled, and clean up."""
+        if self.open_members:
+            self.drain()
+        columns = {"status": FlowStatus.CANCELLED, "wait_json": None, "error_json": describe(mismatch)}
+        log.error("flow %s of %r is cancelled without its cleanup: %s", self.flow.id, self.flow.controller_id, mismatch)
+        with self.unwinding():
+            self.end(lambda: ("cancelled", columns), payload={"cleaned_up": False})
         self.is_over = True
         raise Suspended from mismatch
+
+    def end(self, outcome: Callable[[], tuple[str, dict[str, Any]]], **more: Any) -> None:
+        """The last write; then a child's parent is told.
+
+        Raises:
+            As :meth:`write`.
+        """
+        self.write(outcome, drive=End(), **more)
+        _, columns = outcome()
+        error = (columns.get("error_json") or {}).get("type")
+        self.runtime.watch.ended(self.flow.controller_id, columns["status"], self.span, error)
+        if (run_id := self.claim.parent_run_id) is not None:
+            settle_child(self.runtime, run_id)
 
     def interrupt(self, error: BaseException) -> None:
         """A step raised what ends its process, or was meant to: the claim is over, and ends with just that."""
@@ -180,9 +211,7 @@ class Driver(Telling):
         if self.claim.parent_run_id is not None:
             raise InvalidData("restart_as", "is not for child flows: their parents wait for them")
         definition = self.runtime.registry.require(self.flow.controller_id)
-        flow = Flow(
-            controller_id=definition.name,
-            definition_version=definition.version,
+        flow = definition.new_flow(
             goal=self.flow.goal,
             owner_session_key=self.flow.owner_session_key,
             requester_origin=self.flow.requester_origin,

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from celery_flows.store.errors import FlowError
 
 
 class StepFailed(FlowError):
-    """A step failed for good; raised by the step's call, live and when replayed alike."""
+    """A step failed for good; raised by the step's call, live and when replayed alike. ``type`` and ``message`` say of
+    what. ``cause`` is for a step that is a child flow: the failure of the child's own step, if that is what the child
+    failed of; the exception's ``__cause__``, too."""
 
-    def __init__(self, step: str, type: str, message: str) -> None:
-        self.step, self.type, self.message = step, type, message
+    def __init__(self, step: str, type: str, message: str, cause: StepFailed | None = None) -> None:
+        self.step, self.type, self.message, self.cause = step, type, message, cause
         super().__init__(f"step {step} failed with {type}: {message}")
+        if cause is not None:
+            self.__cause__ = cause
 
 
 class StepLost(StepFailed):
@@ -24,13 +27,6 @@ class StepLost(StepFailed):
 
 class StepTimedOut(StepFailed):
     """A step took longer than it may."""
-
-
-def failure_of(step: str, error: Mapping[str, Any] | None) -> StepFailed:
-    """The exception that stands for a step's recorded failure."""
-    told = error or {"type": "unknown", "message": ""}
-    kinds = {kind.__name__: kind for kind in (StepLost, StepTimedOut)}
-    return kinds.get(told["type"], StepFailed)(step, told["type"], told["message"])
 
 
 class WaitTimedOut(FlowError):
@@ -70,13 +66,24 @@ class HistoryMismatch(FlowError):
 
 class FlowFailed(FlowError):
     """The flow ended as failed; ``reason`` and the error's type and message say why, ``undo_failed`` which of its undo
-    steps failed too."""
+    steps failed too. ``cause`` is the failure of the step that the flow function raised, or raised its own error from;
+    the exception's ``__cause__``, too."""
 
-    def __init__(self, flow_id: UUID, reason: str, type: str, message: str, undo_failed: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        flow_id: UUID,
+        reason: str,
+        type: str,
+        message: str,
+        undo_failed: Sequence[str] = (),
+        cause: StepFailed | None = None,
+    ) -> None:
         self.flow_id, self.reason, self.type, self.message = flow_id, reason, type, message
-        self.undo_failed = tuple(undo_failed)
+        self.undo_failed, self.cause = tuple(undo_failed), cause
         undone = f"; not undone: {', '.join(undo_failed)}" if undo_failed else ""
         super().__init__(f"flow {flow_id} failed ({reason}): {type}: {message}{undone}")
+        if cause is not None:
+            self.__cause__ = cause
 
 
 class ResultTimedOut(FlowError, TimeoutError):

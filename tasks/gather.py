@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeGuard, TypeVar
@@ -14,6 +15,7 @@ from celery_flows.store.changes import Join, Member, StepWrite
 from celery_flows.tasks.awaited import Awaited, Decision, Event, awaiting, give_back
 from celery_flows.tasks.children import ChildFlow, check_depth, child_member
 from celery_flows.tasks.errors import FlowCancelled, StepFailed
+from celery_flows.tasks.failures import is_of_engine
 from celery_flows.tasks.inline import InlineStep
 from celery_flows.tasks.members import Remote, codec_of, member_name, member_of
 from celery_flows.tasks.options import StepOptions, options_of
@@ -23,13 +25,14 @@ from celery_flows.tasks.side_by_side import SideBySide
 
 Work: TypeAlias = Remote | Callable[[], Any]
 
+Which = TypeVar("Which", int, str)
 T = TypeVar("T")
 
 
-class First(NamedTuple, Generic[T]):
+class First(NamedTuple, Generic[Which, T]):
     """What came first of several."""
 
-    which: int  # its number in what was given, from 0
+    which: Which  # its number in what was given, from 0, or the name it was given by
     value: T
 
 
@@ -45,15 +48,17 @@ class How:
 class Gather:
     """One gather of a flow function, under this claim."""
 
-    def __init__(self, replay: Replay, options: StepOptions, works: Sequence[Work], how: How) -> None:
+    def __init__(
+        self, replay: Replay, options: StepOptions, works: Sequence[Work], how: How, names: Sequence[str] | None = None
+    ) -> None:
         self._replay, self._driver = replay, replay.driver
-        self._options, self._works, self._how = options, works, how
+        self._options, self._works, self._how, self._names = options, works, how, names
         if how.at_once is not None and (type(how.at_once) is not int or how.at_once < 1):
             raise InvalidData("gather limit", "must be a whole number from 1")
         self.check(works, options)
         self._remote = [n for n, work in enumerate(works) if is_remote(work)]
         with replay.gathering(len(works)):
-            self._places = [self._place(work) for work in works]
+            self._places = [self._place(n, work) for n, work in enumerate(works)]
             self._local = {
                 n: InlineStep(replay, options, work, (), {})
                 for n, work in enumerate(works)
@@ -74,11 +79,12 @@ class Gather:
         if options.name and any(map(is_remote, works)):
             raise InvalidData("step name", "is of plain functions: Celery steps and child flows have theirs")
 
-    def _place(self, work: Work) -> Place | None:
+    def _place(self, n: int, work: Work) -> Place | None:
         """Where a member stands that runs elsewhere; one that runs here finds its own place."""
         if not is_remote(work):
             return None
-        return self._replay.place(member_name(work), self._options.key)
+        named = None if self._names is None else self._names[n]
+        return self._replay.place(member_name(work), self._options.key, named)
 
     def results(self) -> list[Any]:
         """The results in order.
@@ -100,22 +106,24 @@ class Gather:
         """Whether there are members, and all of them run elsewhere."""
         return 0 < len(self._remote) == len(self._works)
 
-    def first(self) -> First[Any]:
-        """Which member succeeded first, and its result. Which one that was is recorded, for later ones may look as
-        early. The others that nobody has begun are cancelled; those that run go on; events that came for others are
-        given back.
+    def first(self) -> First[Any, Any]:
+        """Which member succeeded first, and its result. Which one that was is recorded, by its number or name, for
+        later ones may look as early. The others that nobody has begun are cancelled; those that run go on; events that
+        came for others are given back.
 
         Raises:
             StepFailed: all have failed; the last of them in order.
         """
         place = self._replay.place("first")
+        which: Sequence[int | str] = self._names or range(len(self._works))
+        self._known()  # is refused where it is of other names
         if (chosen := self._replay.find(place)) is not None:
-            winner = int(self._replay.outcome(chosen, None))
+            winner = which.index(self._replay.outcome(chosen, None))
         else:
             winner = self._winner()
-            self._record(place, str(winner))
+            self._record(place, json.dumps(which[winner]))
         self._end_the_others(winner)
-        return First(winner, self._outcome(winner, self._known()[winner]))
+        return First(which[winner], self._outcome(winner, self._known()[winner]))
 
     def _end_the_others(self, winner: int) -> None:
         """Done once, and after it is recorded who has won: no event must be given back and taken, too."""
@@ -183,8 +191,7 @@ class Gather:
         members = [step for step in self._known().values() if step is not None]
         failed = [step for step in members if step.status is FlowStepStatus.FAILED]
         # Children that were cancelled because of the failure are not the failure.
-        of_themselves = (step for step in failed if (step.error_json or {}).get("type") != FlowCancelled.__name__)
-        return next(of_themselves, failed[0])
+        return next((step for step in failed if not is_of_engine(FlowCancelled, step.error_json)), failed[0])
 
     # ---- the join ----
 

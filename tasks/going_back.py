@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from celery_flows.store import (
-    Flow,
     FlowNotFound,
     FlowStatus,
     FlowStep,
@@ -22,7 +21,7 @@ from celery_flows.store.models import FlowMode
 from celery_flows.store.script import Call
 from celery_flows.store.taking_over import Origin
 from celery_flows.tasks.prefix import before, find_step, state_after, taken_over, until_failure
-from celery_flows.tasks.replay import is_cleanup
+from celery_flows.tasks.replay import is_undoing
 from celery_flows.tasks.spans import Starting
 from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
@@ -53,11 +52,13 @@ def retry(runtime: Runtime, flow_id: UUID, session: Transaction | None) -> UUID:
     if flow.parent_flow_id is not None:
         told = f": retry its parent {flow.parent_flow_id}, which would not be told of this one; or fork it by itself"
         raise IllegalTransition(flow.id, flow.status, "retried", told)
-    if any(map(is_cleanup, origin.steps)):
+    taken = until_failure(origin)
+    left_out = {step.run_id for step in origin.steps} - {step.run_id for step in taken}
+    if any(step.run_id in left_out for step in filter(is_undoing, origin.steps)):
         told = ": it has cleaned up, so what it recorded may be undone; start anew, or fork it from a step"
         raise IllegalTransition(flow.id, flow.status, "retried", told)
     with runtime.watch.spans.starting(flow.controller_id, origin=flow.trace_json) as started:
-        return _begin(runtime, store, caller, origin, until_failure(origin), None, started)
+        return _begin(runtime, store, caller, origin, taken, None, started)
 
 
 def _origin(
@@ -85,9 +86,7 @@ def _begin(
     """Stores the flow with what it takes over, and publishes its drive message after the commit."""
     old = origin.flow
     definition = runtime.registry.require(old.controller_id, old.definition_version)
-    flow = Flow(
-        controller_id=definition.name,
-        definition_version=definition.version,
+    flow = definition.new_flow(
         goal=old.goal,
         owner_session_key=old.owner_session_key,
         requester_origin=old.requester_origin,

@@ -8,7 +8,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 
-from celery_flows.store import Flow, FlowManager, FlowStatus, dispatch, inbox
+from celery_flows.store import (
+    AlreadyTerminal,
+    Flow,
+    FlowManager,
+    FlowNotFound,
+    FlowStatus,
+    SqlFlowStore,
+    dispatch,
+    inbox,
+)
 from celery_flows.store import operations as op
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
@@ -19,6 +28,7 @@ from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.approval import Approval, approval_key
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.errors import FlowCancelled, FlowFailed, ResultTimedOut
+from celery_flows.tasks.failures import cause_of
 from celery_flows.tasks.polling import apoll
 from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
@@ -27,13 +37,19 @@ if TYPE_CHECKING:
     from celery_flows.tasks.runtime import Runtime
 
 Out = TypeVar("Out")
+T = TypeVar("T")
 
 
 class FlowHandle(Generic[Out]):
-    """A flow's id, and what can be asked of it. Reads the store, never the broker."""
+    """A flow's id, and what can be asked of it. Reads the store, never the broker.
+
+    Of a flow that has gone on as another (``run.restart_as``) the last one is meant, by all but :meth:`get` and
+    :meth:`fork`: these are about the history that goes by this id.
+    """
 
     def __init__(self, runtime: Runtime, flow_id: UUID, definition: FlowDefinition[Any, Out] | None = None) -> None:
         self.id = flow_id
+        self._latest = flow_id  # of what goes on for it, as far as that was known when it was last asked
         self._runtime = runtime
         self._definition = definition
 
@@ -41,7 +57,7 @@ class FlowHandle(Generic[Out]):
         return f"FlowHandle({self.id})"
 
     def get(self) -> Flow:
-        """The flow as stored now.
+        """The flow as stored now; ``continued_as`` says which has gone on for it.
 
         Raises:
             FlowNotFound: it was never committed, or it was pruned.
@@ -49,8 +65,12 @@ class FlowHandle(Generic[Out]):
         return self._runtime.manager.get(self.id)
 
     def status(self) -> FlowStatus:
-        """The flow's status now."""
-        return self.get().status
+        """The flow's status now.
+
+        Raises:
+            FlowNotFound: as :meth:`get`.
+        """
+        return self._last_life().status
 
     def state(self) -> dict[str, Any]:
         """What the flow has told of itself until now, by ``run.update(…)``.
@@ -58,11 +78,10 @@ class FlowHandle(Generic[Out]):
         Raises:
             FlowNotFound: as :meth:`get`.
         """
-        return self.get().state_json
+        return self._last_life().state_json
 
     def result(self, timeout: float | None = None) -> Out:
-        """Waits until the flow has ended and gives its result, validated by the flow function's annotation. One that
-        goes on as another (``run.restart_as``) ends when that one does.
+        """Waits until the flow has ended and gives its result, validated by the flow function's annotation.
 
         Args:
             timeout: seconds; None waits for as long as it takes.
@@ -73,7 +92,7 @@ class FlowHandle(Generic[Out]):
             ResultTimedOut: it has not ended in time. The flow goes on.
             FlowNotFound: as :meth:`get`.
         """
-        return self._outcome(self._runtime.wait_until(self._look(), timeout), timeout)
+        return self._outcome(self._runtime.wait_until(self._look, timeout), timeout)
 
     def _outcome(self, flow: Flow | None, timeout: float | None) -> Out:
         if flow is None:
@@ -84,42 +103,67 @@ class FlowHandle(Generic[Out]):
         if flow.status is FlowStatus.FAILED:
             error = flow.error_json or {}
             reason = flow.state_json.get("failure", {}).get("reason", "unknown")
-            undo_failed = error.get("undo_failed", ())
-            raise FlowFailed(flow.id, reason, error.get("type", "unknown"), error.get("message", ""), undo_failed)
+            what = error.get("type", "unknown"), error.get("message", "")
+            raise FlowFailed(flow.id, reason, *what, error.get("undo_failed", ()), cause_of(error))
         definition = self._runtime.registry.get(flow.controller_id, flow.definition_version) or self._definition
         result: Out = flow.result_json if definition is None else definition.output.decode("result", flow.result_json)
         return result
 
-    def _look(self) -> Callable[[], Flow | None]:
-        """Looks whether the flow has ended, or the one that goes on for it has."""
-        flow_id = self.id
+    def _look(self) -> Flow | None:
+        """The flow, if it has ended."""
+        flow = self._last_life()
+        return flow if flow.status.is_terminal else None
 
-        def look() -> Flow | None:
-            nonlocal flow_id
-            while (flow := self._runtime.manager.get(flow_id)).continued_as is not None:
-                flow_id = flow.continued_as
-            return flow if flow.status.is_terminal else None
+    def _last_life(self, store: SqlFlowStore | None = None) -> Flow:
+        flow: Flow | None = (store or self._runtime.store).run(op.get_last_life, self._latest)
+        if flow is None:
+            raise FlowNotFound(self.id)
+        self._latest = flow.id
+        return flow
 
-        return look
+    def _change(self, change: Callable[[SqlFlowStore, UUID], T], session: Transaction | None) -> T:
+        """Changes the last life: if another begins meanwhile, that one."""
+        store = self._store(session)
+        while True:
+            flow_id = self._last_life(store).id
+            try:
+                return change(store, flow_id)
+            except AlreadyTerminal:
+                if self._last_life(store).id == flow_id:
+                    raise
+
+    def _change_and_call(
+        self, change: Callable[[SqlFlowStore, UUID], object], session: Transaction | None = None
+    ) -> None:
+        """Makes a change that wakes the flow's driver, and tells the broker after the commit."""
+        self._change(change, session)
+        hint = self._store(session).run(dispatch.find_hint, str(self._latest))
+        if hint is not None:
+            caller = None if session is None else transaction_of(session)
+            once_committed(caller, lambda: self._runtime.publisher.publish(hint))
+
+    def _store(self, session: Transaction | None) -> SqlFlowStore:
+        return self._runtime.store if session is None else self._runtime.store.using(transaction_of(session))
 
     def cancel(self, *, session: Transaction | None = None) -> None:
-        """Asks the flow to cancel: sticky. It cleans up first, so ``status()`` may say cancelled only later.
+        """Asks the flow to cancel, paused or not: sticky. It cleans up first, so ``status()`` may say cancelled only
+        later.
 
         Raises:
             AlreadyTerminal: it has ended.
             FlowNotFound: as :meth:`get`.
         """
-        call(self._runtime, self.id, lambda manager: manager.request_cancel(self.id), session)
+        self._change_and_call(lambda store, flow_id: FlowManager(store).request_cancel(flow_id), session)
 
     def pause(self, *, session: Transaction | None = None) -> None:
         """Keeps workers from going on with the flow after the step in hand; its timers and deadline wait, too. Steps
-        that are out on queues are run.
+        that are out on queues are run. A cancel comes first.
 
         Raises:
             AlreadyTerminal: it has ended.
             FlowNotFound: as :meth:`get`.
         """
-        call(self._runtime, self.id, lambda manager: manager.pause(self.id), session)
+        self._change_and_call(lambda store, flow_id: FlowManager(store).pause(flow_id), session)
 
     def unpause(self, *, session: Transaction | None = None) -> None:
         """Lets workers go on with the flow.
@@ -128,31 +172,40 @@ class FlowHandle(Generic[Out]):
             AlreadyTerminal: it has ended.
             FlowNotFound: as :meth:`get`.
         """
-        call(self._runtime, self.id, lambda manager: manager.unpause(self.id), session)
+        self._change_and_call(lambda store, flow_id: FlowManager(store).unpause(flow_id), session)
 
-    def approve(self, name: str, *, by: str, comment: str = "", session: Transaction | None = None) -> None:
+    def approve(self, name: str, *, by: str, comment: str = "", session: Transaction | None = None) -> bool:
         """Grants what the flow asks for by ``run.approval(name)``, or will ask for: an approval that comes early is
         kept, and each answers one question: a second one the next of this name. With ``session`` it is part of your
         transaction.
+
+        Returns:
+            True: the flow asks for it, and this is the answer. False: it is kept, for the flow does not ask yet, or has
+            its answer already. With ``session`` as it looks before your commit: another answer may still come first; as
+            one to another question may, where ``run.first`` waits for several.
 
         Raises:
             InvalidData: a name is empty or too long.
             AlreadyTerminal: the flow has ended.
             FlowNotFound: as :meth:`get`.
         """
-        self._decide(name, True, by, comment, session)
+        return self._decide(name, True, by, comment, session)
 
-    def reject(self, name: str, *, by: str, comment: str = "", session: Transaction | None = None) -> None:
+    def reject(self, name: str, *, by: str, comment: str = "", session: Transaction | None = None) -> bool:
         """Refuses what the flow asks for by ``run.approval(name)``; as :meth:`approve`."""
-        self._decide(name, False, by, comment, session)
+        return self._decide(name, False, by, comment, session)
 
-    def _decide(self, name: str, granted: bool, by: str, comment: str, session: Transaction | None) -> None:
-        topic, correlation_id = approval_key(self.id, name)
+    def _decide(self, name: str, granted: bool, by: str, comment: str, session: Transaction | None) -> bool:
         check_name("by", by)
-        store = self._runtime.store if session is None else self._runtime.store.using(transaction_of(session))
-        check_open(FlowManager(store).get(self.id), "approved")
-        decided = Approval(granted=granted, by=by, at=store.run(op.now), comment=comment)
-        emit(self._runtime, topic, correlation_id, decided.model_dump(mode="json"), session)
+
+        def decide(store: SqlFlowStore, flow_id: UUID) -> bool:
+            key = approval_key(flow_id, name)
+            check_open(FlowManager(store).get(flow_id), "approved")
+            decided = Approval(granted=granted, by=by, at=store.run(op.now), comment=comment)
+            event_id = emit(self._runtime, *key, decided.model_dump(mode="json"), session)
+            return store.run(inbox.is_taken, event_id)
+
+        return self._change(decide, session)
 
     def resume(self, payload: dict[str, Any] | None = None) -> None:
         """Resumes a flow that waits: what it waits for has come, with this payload. A flow that no definition drives
@@ -163,9 +216,12 @@ class FlowHandle(Generic[Out]):
             FlowNotFound: as :meth:`get`.
         """
         write_id = new_id()
-        resumed = Call(inbox.resume_by_hand, (self.id, payload, write_id))
-        settled = Call(op.find_locked, (self.id, write_id))
-        call(self._runtime, self.id, lambda _: self._runtime.store.attempt(resumed, settled=settled), None)
+
+        def resume(store: SqlFlowStore, flow_id: UUID) -> object:
+            resumed = Call(inbox.resume_by_hand, (flow_id, payload, write_id))
+            return store.attempt(resumed, settled=Call(op.find_locked, (flow_id, write_id)))
+
+        self._change_and_call(resume)
 
     # ---- going back: a new flow that begins with what this one has recorded ----
 
@@ -183,7 +239,8 @@ class FlowHandle(Generic[Out]):
             UnknownFlow: its definition, in that version, is not registered here.
             FlowNotFound: as :meth:`get`.
         """
-        return FlowHandle(self._runtime, going_back.retry(self._runtime, self.id, session), self._definition)
+        made = going_back.retry(self._runtime, self._last_life(self._store(session)).id, session)
+        return FlowHandle(self._runtime, made, self._definition)
 
     def fork(
         self, *, from_step: str, state: dict[str, Any] | None = None, session: Transaction | None = None
@@ -215,8 +272,7 @@ class FlowHandle(Generic[Out]):
 
     async def aresult(self, timeout: float | None = None) -> Out:
         """:meth:`FlowHandle.result`, awaited. No thread waits along."""
-        look = self._look()
-        return self._outcome(await apoll(lambda: asyncio.to_thread(look), timeout), timeout)
+        return self._outcome(await apoll(lambda: asyncio.to_thread(self._look), timeout), timeout)
 
     async def acancel(self, *, session: AsyncTransaction | None = None) -> None:
         """:meth:`FlowHandle.cancel`, awaited; ``session`` is an AsyncSession or AsyncConnection."""
@@ -235,16 +291,3 @@ class FlowHandle(Generic[Out]):
     async def aresume(self, payload: dict[str, Any] | None = None) -> None:
         """:meth:`FlowHandle.resume`, awaited."""
         await asyncio.to_thread(self.resume, payload)
-
-
-def call(
-    runtime: Runtime, flow_id: UUID, change: Callable[[FlowManager], object], transaction: Transaction | None
-) -> None:
-    """Makes a change that wakes the flow's driver, and tells the broker after the commit."""
-    caller = None if transaction is None else transaction_of(transaction)
-    manager = runtime.manager if caller is None else FlowManager(runtime.store.using(caller))
-    change(manager)
-    store = runtime.store if caller is None else runtime.store.using(caller)
-    hint = store.run(dispatch.find_hint, str(flow_id))
-    if hint is not None:
-        once_committed(caller, lambda: runtime.publisher.publish(hint))

@@ -13,11 +13,12 @@ from celery_flows.store import FlowStep, FlowStepStatus
 from celery_flows.store.changes import StepWrite
 from celery_flows.store.models import new_id
 from celery_flows.store.validation import check_name
-from celery_flows.tasks.errors import StepTimedOut, failure_of
+from celery_flows.tasks.errors import StepTimedOut
+from celery_flows.tasks.failures import failure_of, of_attempt
 from celery_flows.tasks.interrupts import Interrupted
 from celery_flows.tasks.loop import call, is_async, is_cancelled
 from celery_flows.tasks.options import StepOptions, options_of
-from celery_flows.tasks.payloads import describe, read_back, result_codec
+from celery_flows.tasks.payloads import read_back, result_codec
 from celery_flows.tasks.replay import Place, Replay, Suspended
 from celery_flows.tasks.retry import NEVER
 from celery_flows.tasks.timeout import TimeIsUp
@@ -88,7 +89,7 @@ class InlineStep:
 
     def body(self) -> str:
         """Calls the function; its result as JSON text."""
-        with self._replay.inside(self.place.name):
+        with self._replay.inside(self.place.name, self._work):
             bounds = self._options.seconds, self._replay.interruptible()
             value = call(self._driver.loop, self._work, self._args, self._kwargs, *bounds)
         return self._codec.encode(self._what, value, self._driver.max_payload_bytes)
@@ -178,7 +179,7 @@ class Attempts:
     def _failed(self, raised: BaseException, began: float) -> Again:
         if isinstance(raised, TimeIsUp):
             raised = timed_out(self._place.name, self._timeout)
-        error = raised_as(raised)
+        error = of_attempt(raised)
         pause = self._rule.pause_after(self.attempt, raised)
         if pause is None:
             failed = self.written(FlowStepStatus.FAILED, began, error=error)
@@ -200,13 +201,6 @@ class Attempts:
             id=self._id,
             **outcome,
         )
-
-
-def raised_as(error: BaseException) -> dict[str, Any]:
-    """What history keeps of what an attempt raised."""
-    if isinstance(error, StepTimedOut):
-        return {"type": error.type, "message": error.message}
-    return describe(error)
 
 
 def timed_out(step: str, seconds: float | None) -> StepTimedOut:

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable, Collection, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -44,7 +45,7 @@ class Loop:
             coroutine.close()
             raise InvalidData("event loop", "runs in this thread; call it in another, by await asyncio.to_thread(…)")
         if self._runner is None:
-            self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+            self._runner = asyncio.Runner(loop_factory=_new_loop)
         loop = self._runner.get_loop()
         self._main = main = loop.create_task(coroutine)
         try:
@@ -71,6 +72,20 @@ class Loop:
                 loop.run_until_complete(end(rest))
             finally:
                 self.is_ending = False
+
+
+class _Threads(ThreadPoolExecutor):
+    """What ``asyncio.to_thread`` runs in. Nobody waits for its threads: one whose step has timed out, or was cancelled,
+    may go on for ever."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=True)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    loop.set_default_executor(_Threads(thread_name_prefix="celery-flows-step"))
+    return loop
 
 
 async def spawn(call: Callable[[], T]) -> T:

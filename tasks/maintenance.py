@@ -9,16 +9,18 @@ from random import Random
 from typing import Any
 from uuid import UUID
 
-from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, health, inbox, limits
+from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, health, inbox, limits, pruning
 from celery_flows.store.audit import Finding
 from celery_flows.store.changes import Completion, Holder
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import Swept
+from celery_flows.store.pruning import Archive, Progress, Retention
 from celery_flows.tasks import metrics, slots
 from celery_flows.tasks.admission import give_due
 from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.emit import hand_over
 from celery_flows.tasks.errors import StepLost
+from celery_flows.tasks.failures import of_engine
 from celery_flows.tasks.mirror import settle_mirror
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.waits import WaitEngine
@@ -54,17 +56,18 @@ def sweep(runtime: Runtime) -> SweepReport:
     """
     settings, meter, began = runtime.settings, runtime.watch.meter, boottime()
     pauses = settings.republish_seconds, settings.republish_max_seconds
-    # What is begun comes first: thousands of new flows must not keep it from being gone on with.
-    begun = runtime.store.run(dispatch.sweep_due, settings.sweep_limit, *pauses, begun=True)
-    room = runtime.ahead.room(runtime.store, settings.sweep_limit)
-    new = runtime.store.run(dispatch.sweep_due, room, *pauses, begun=False)
-    swept = [*begun, *new]
+    # What is begun comes first: thousands that are not must not keep it from being gone on with.
+    swept = runtime.store.run(dispatch.sweep_due, settings.sweep_limit, *pauses, only="begun")
+    for kind, ahead in runtime.ahead.items():
+        room = ahead.room(runtime.store, settings.sweep_limit)
+        new = runtime.store.run(dispatch.sweep_due, room, *pauses, only=kind)
+        ahead.add(row.hint.run_id for row in new)
+        swept += new
     lost = [row for row in swept if row.was_held and row.crash_count >= settings.max_crashes]
     hints = [row.hint for row in swept if row not in lost]
     for row in lost:
         _try_to_give_up(runtime, row)
     published = runtime.publisher.publish(*hints)
-    runtime.ahead.add(row.hint.run_id for row in new)
     unsettled = runtime.store.run(dispatch.list_unsettled, settings.sweep_limit)
     handed_over = sum(_hand_over_event(runtime, row.run_id) for row in unsettled if row.kind == "look")
     seen_to = sum(settle_child(runtime, row.run_id) for row in unsettled if row.kind == "child")
@@ -112,7 +115,7 @@ def _give_up(runtime: Runtime, row: Swept) -> None:
         if runtime.store.run(dispatch.fail_lost, hint.flow_id, row.fence) and (flow := runtime.store.get(hint.flow_id)):
             runtime.watch.ended(flow.controller_id, flow.status)
         return
-    error = {"type": StepLost.__name__, "message": f"its workers died {row.crash_count} times"}
+    error = of_engine(StepLost, f"its workers died {row.crash_count} times")
     failed = Completion(Holder(hint.run_id, row.fence, None), hint.flow_id, FlowStepStatus.FAILED, error=error)
     completed = runtime.store.run(dispatch.complete_step, failed)
     if completed is not None and completed.woke:
@@ -130,19 +133,49 @@ def _hand_over_event(runtime: Runtime, event_id: str) -> int:
     return handed
 
 
-def prune(runtime: Runtime, retain_days: int | None = None) -> int:
-    """Deletes terminal flows past their retention, in bounded batches; says how many. None: ``flow_retain_days``.
+def prune(
+    runtime: Runtime,
+    retain_days: int | None = None,
+    *,
+    archive: Archive | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Deletes ended flows that are past their retention, in bounded batches; says how many.
+
+    Args:
+        retain_days: how long those are kept that say nothing themselves; None: ``flow_retain_days``, and
+            ``flow_retain_failed_days`` for those that failed.
+        archive: is handed what is deleted, in place of the one that the application set; see :func:`pruning.prune`.
+        progress: is told how many have been deleted so far, after each batch.
 
     Raises:
         InvalidData: for a negative number.
     """
-    days = runtime.settings.retain_days if retain_days is None else retain_days
-    pruned = runtime.store.prune_terminal_flows(days)
+    archive = runtime.archive if archive is None else archive
+    pruned = runtime.store.play(pruning.prune(retention(runtime, retain_days), archive=archive, progress=progress))
     runtime.store.run(limits.prune)
     runtime.watch.meter.add(metrics.PRUNED, amount=pruned)
-    log.info("pruned %d flows that ended more than %d days ago", pruned, days)
+    log.info("pruned %d flows", pruned)
     heartbeat(runtime, PRUNE, DAY_SECONDS, pruned=pruned)
     return pruned
+
+
+def count_prunable(runtime: Runtime, retain_days: int | None = None, *, most: int = 1_000_000) -> int:
+    """How many flows :func:`prune` would delete now; it stops counting at ``most``.
+
+    Raises:
+        InvalidData: for a negative number.
+    """
+    return runtime.store.play(pruning.count(retention(runtime, retain_days), most))
+
+
+def retention(runtime: Runtime, retain_days: int | None = None) -> Retention:
+    """For how long ended flows are kept that say nothing of it; None: as is set."""
+    settings = runtime.settings
+    if retain_days is not None:
+        return Retention(retain_days, retain_days)
+    failed_days = settings.retain_failed_days
+    return Retention(settings.retain_days, 3 * settings.retain_days if failed_days is None else failed_days)
 
 
 def verify_sample(runtime: Runtime, size: int = 100) -> list[Finding]:

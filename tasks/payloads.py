@@ -87,9 +87,13 @@ def read_back(text: str) -> Any:
 
 def describe(error: BaseException) -> dict[str, Any]:
     """What history keeps of an error: its type and message, cut to size and made storable."""
+    return {"type": type(error).__name__, "message": as_text(error)}
+
+
+def as_text(value: object) -> str:
+    """The value as text, cut to size and made storable."""
     try:
-        text = str(error)
+        text = str(value)
     except Exception:  # an error that cannot be told must not keep a flow from failing
         text = ""
-    message = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
-    return {"type": type(error).__name__, "message": message[:MAX_MESSAGE_CHARS]}
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()[:MAX_MESSAGE_CHARS]

@@ -11,9 +11,10 @@ from uuid import UUID
 from celery_flows.store import Flow, FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.models import new_id
 from celery_flows.store.taking_over import Origin, Taken
-from celery_flows.tasks.errors import WaitTimedOut, failure_of
+from celery_flows.tasks.errors import WaitTimedOut
+from celery_flows.tasks.failures import failure_of
 from celery_flows.tasks.payloads import describe
-from celery_flows.tasks.replay import FORK, is_cleanup, is_wait, run_id_by, run_id_of
+from celery_flows.tasks.replay import FORK, given_as, is_cleanup, is_wait, run_id_by, run_id_of
 from celery_flows.tasks.wait_steps import WAIT_TIMED_OUT
 
 LISTED = 30  # step names that an error tells
@@ -143,7 +144,7 @@ def taken_over(
     Raises:
         InvalidData: a step's run id is none that this engine gave.
     """
-    counts: Counter[str] = Counter()
+    counts: Counter[tuple[str, str | None]] = Counter()
     taken = []
     # In the order in which they were recorded, for a later fork of this one to go by.
     run_ids = {step.run_id: _run_id(origin.flow.id, flow_id, step, counts) for step in steps}
@@ -155,14 +156,15 @@ def taken_over(
     return [*taken, Taken(_drawn(origin, steps, flow_id))] if taken else []
 
 
-def _run_id(old_id: UUID, flow_id: UUID, step: FlowStep, counts: Counter[str]) -> str:
+def _run_id(old_id: UUID, flow_id: UUID, step: FlowStep, counts: Counter[tuple[str, str | None]]) -> str:
     """The step's run id in the flow; the steps are asked for in the order of their places."""
     if (key := key_of(step)) is not None:
         return run_id_by(flow_id, step.task, key)
-    for count in range(counts[step.task] + 1, step.position + 1):
-        if run_id_of(old_id, step.task, count) == step.run_id:
-            counts[step.task] = count
-            return run_id_of(flow_id, step.task, count)
+    names = step.task, given_as(step)
+    for count in range(counts[names] + 1, step.position + 1):
+        if run_id_of(old_id, step.task, count, given_as(step)) == step.run_id:
+            counts[names] = count
+            return run_id_of(flow_id, step.task, count, given_as(step))
     raise InvalidData(f"step {step.task}", f"has a run id that its flow did not give it: {step.run_id}")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from celery_flows.store.changes import Drive
 from celery_flows.store.errors import InvalidData
+from celery_flows.store.models import Flow
 from celery_flows.store.validation import MAX_PAYLOAD_BYTES, check_name, check_priority
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.errors import UnknownFlow
@@ -47,6 +49,7 @@ class FlowDefinition(AsyncStarts[In, Out]):
         version: int = 1,
         retry: Retry | None = None,
         timeout: timedelta | None = None,
+        retain: timedelta | None = None,
         priority: int | None = None,
         schedule: Schedule | None = None,
         limit: Limit | None = None,
@@ -62,6 +65,7 @@ class FlowDefinition(AsyncStarts[In, Out]):
         self.is_async = is_async(function)
         self.defaults = StepOptions(retry=retry)
         self.timeout = None if timeout is None else check_duration(f"timeout of flow {name}", timeout)
+        self.retain_seconds = None if retain is None else _seconds_kept(name, retain)
         self._runtime = runtime
         self.takes_input, self.input, self.output = _codecs(name, function)
         if schedule is not None:
@@ -140,6 +144,12 @@ class FlowDefinition(AsyncStarts[In, Out]):
         """This flow with an input, to be run as a step of another: ``run.gather(definition.s(each) for each in …)``."""
         return ChildFlow(self, input)
 
+    def new_flow(self, **fields: Any) -> Flow:
+        """A flow of this definition, which nobody has stored yet."""
+        return Flow(
+            controller_id=self.name, definition_version=self.version, retain_seconds=self.retain_seconds, **fields
+        )
+
     def encoded_input(self, input: Any) -> Any:
         """The input as it is stored.
 
@@ -178,6 +188,12 @@ def _check_limit(definition: FlowDefinition[Any, Any], limit: Any) -> None:
         raise InvalidData(f"limit of flow {definition.name}", "must be a Limit(…)")
     if limit.per is not None and not definition.takes_input:
         raise InvalidData(f"limit of flow {definition.name}", "has per=, and the flow takes no input")
+
+
+def _seconds_kept(name: str, retain: Any) -> int:
+    if not isinstance(retain, timedelta) or retain < timedelta(0):
+        raise InvalidData(f"retain of flow {name}", "must be a timedelta, and not negative")
+    return math.ceil(retain.total_seconds())
 
 
 def _check_takes_a_slot(definition: FlowDefinition[Any, Any]) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import UUID, uuid5
 
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
-from celery_flows.tasks.errors import FlowCancelled, HistoryMismatch, failure_of
+from celery_flows.tasks.errors import FlowCancelled, HistoryMismatch
+from celery_flows.tasks.failures import failure_of
 from celery_flows.tasks.interrupts import IN_PEACE, Interruptible
 from celery_flows.tasks.payloads import Codec
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MEMBER = "member"  # in what a step's row keeps: the name it was given by
 FORK = "run.fork"  # the step that says how many steps of which flow were taken over
 
 
@@ -35,10 +37,16 @@ class Place(NamedTuple):
     position: int  # from 1; 0 for a step that is known by its key, wherever it stands
     key: str | None = None
     gather: int | None = None  # of a gather's member: the place of the first of them
+    member: str | None = None  # of a member that was given by name: that name
+
+    @property
+    def shown(self) -> str:
+        """What it is called, for people."""
+        return shown(self.name, self.member)
 
     def kept(self) -> dict[str, Any]:
         """What the step's row keeps of it besides, for a fork to go by."""
-        kept = {"key": self.key, "gather": self.gather}
+        kept = {"key": self.key, "gather": self.gather, MEMBER: self.member}
         return {name: value for name, value in kept.items() if value is not None}
 
 
@@ -54,7 +62,7 @@ class Replay:
         self.unwound_by: BaseException | None = None  # what went up an async function, or one of its tasks
         self._position = 0
         self._gather: int | None = None
-        self._counts: dict[str, int] = {}
+        self._counts: dict[tuple[str | None, ...], int] = {}
         self._reached: set[str] = set()
 
     @property
@@ -68,21 +76,25 @@ class Replay:
 
     # ---- identity ----
 
-    def place(self, name: str, key: str | None = None) -> Place:
-        """The next step of this name: known by how many there were before, or by its key.
+    def place(self, name: str, key: str | None = None, member: str | None = None) -> Place:
+        """The next step of this name: known by how many there were before, or by its key. One that is
+        a ``member`` given by name is known by how many of both names there were before.
 
         Raises:
             InvalidData: it is taken inside another step, or the key was used before.
         """
         self.refuse_inside(f"step {name}")
-        run_id = run_id_of(self.flow_id, name, self.count(name)) if key is None else run_id_by(self.flow_id, name, key)
+        if key is None:
+            run_id = run_id_of(self.flow_id, name, self.count(name, member), member)
+        else:
+            run_id = run_id_by(self.flow_id, name, key)
         if run_id in self._reached:
             raise InvalidData(f"step {name}", "has a key that an earlier step of this name has")
         self._reached.add(run_id)
         if key is not None:
             return Place(run_id, name, 0, key)
         self._position += 1
-        return Place(run_id, name, self._position, gather=self._gather)
+        return Place(run_id, name, self._position, gather=self._gather, member=member)
 
     @contextmanager
     def gathering(self, count: int) -> Iterator[None]:
@@ -134,15 +146,17 @@ class Replay:
                 return UUID(flow_id)
         return self.flow_id
 
-    def count(self, name: str) -> int:
-        """How often this name has come by now, from 1."""
-        self._counts[name] = self._counts.get(name, 0) + 1
-        return self._counts[name]
+    def count(self, *names: str | None) -> int:
+        """How often these names have come by now, from 1."""
+        self._counts[names] = self._counts.get(names, 0) + 1
+        return self._counts[names]
 
     def taken_with(self, place: Place, **told: Any) -> str | None:
-        """What the step's row keeps of how it was taken, as JSON text: what its place does, whether it cleans up, and
-        what is told."""
+        """What the step's row keeps of how it was taken, as JSON text: what its place does, whether it cleans up or
+        undoes, and what is told."""
         kept = {**told, **place.kept(), **({"cleanup": True} if self.cleaning else {})}
+        if self.undoing:
+            kept["undoing"] = True
         return json.dumps(kept) if kept else None
 
     def find(self, place: Place, *, waits: bool = False) -> FlowStep | None:
@@ -150,11 +164,12 @@ class Replay:
         one that ``waits`` where this one does not, the function is not the one that history was made by, and does not
         go on."""
         known = self.driver.history.get(place.run_id)
-        if known is None:
+        # Members that have names may have changed places, so one that is known may hide that another is not.
+        if known is None or place.member is not None:
             other = self.driver.recorded_at(place.position)
             if other is not None and other.run_id not in self._reached:
-                self.driver.refuse_history(HistoryMismatch(other.task, place.name, place.position))
-        elif is_wait(known) != waits:
+                self.driver.refuse_history(HistoryMismatch(_shown(other), place.shown, place.position))
+        if known is not None and is_wait(known) != waits:
             self.driver.refuse_history(HistoryMismatch(known.task, f"{place.name}, which is another", place.position))
         return known
 
@@ -162,7 +177,7 @@ class Replay:
         """The function has ended: it must have come to all that history has."""
         for step in self.driver.history.values():
             if step.position and step.run_id not in self._reached:
-                self.driver.refuse_history(HistoryMismatch(step.task, "the end", step.position))
+                self.driver.refuse_history(HistoryMismatch(_shown(step), "the end", step.position))
 
     # ---- going on ----
 
@@ -197,9 +212,9 @@ class Replay:
             raise InvalidData(f"step {name}", "cannot wait: the flow cleans up")
 
     @contextmanager
-    def inside(self, name: str) -> Iterator[None]:
-        """While the step's own code runs."""
-        self.driver.runtime.before_body(name)
+    def inside(self, name: str, body: Callable[..., Any]) -> Iterator[None]:
+        """While the step's own code, ``body``, runs."""
+        self.driver.runtime.before_body(name, body)
         self._inside.append(name)
         try:
             yield
@@ -236,8 +251,29 @@ def is_cleanup(step: FlowStep) -> bool:
     return isinstance(step.args_json, Mapping) and bool(step.args_json.get("cleanup"))
 
 
-def run_id_of(flow_id: UUID, name: str, count: int) -> str:
-    """The run id of the ``count``-th step of this name: the same in every run of this flow."""
+def is_undoing(step: FlowStep) -> bool:
+    """Whether the step was taken to clean up, or by ``run.undo()``."""
+    return is_cleanup(step) or (isinstance(step.args_json, Mapping) and bool(step.args_json.get("undoing")))
+
+
+def given_as(step: FlowStep) -> str | None:
+    """The name by which the step was given as a member of several."""
+    return step.args_json.get(MEMBER) if isinstance(step.args_json, Mapping) else None
+
+
+def shown(name: str, member: str | None) -> str:
+    """What a step of this name is called, for people: with the name it was given by as a member."""
+    return name if member is None else f"{name} ({member})"
+
+
+def _shown(step: FlowStep) -> str:
+    return shown(step.task, given_as(step))
+
+
+def run_id_of(flow_id: UUID, name: str, count: int, member: str | None = None) -> str:
+    """The run id of the ``count``-th step of this name, or of both these names: the same in every run of this flow."""
+    if member is not None:
+        flow_id, name = uuid5(uuid5(flow_id, name), MEMBER), member
     return str(uuid5(flow_id, f"{name}#{count}"))
 
 

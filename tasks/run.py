@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, cast, overload
 from uuid import UUID, uuid5
@@ -94,8 +94,7 @@ class Run:
             InvalidData: arguments or result cannot be JSON.
         """
         if isinstance(work, Task | Signature):
-            signature = work.s(*args, **kwargs) if isinstance(work, Task) else work
-            return self._gather([signature], How())[0]
+            return self._gather([_signature("step", work, args, kwargs)], How())[0]
         return run_inline(self._replay, self._options, work, args, kwargs)
 
     def transaction(self, work: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -170,31 +169,40 @@ class Run:
         return self._gather(members, How(collects_failures=return_exceptions, at_once=limit))
 
     @overload
-    def first(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> First[T]: ...
+    def first(self, members: Iterable[Signature[T] | ChildFlow[T]], /) -> First[int, T]: ...
     @overload
-    def first(self, members: Iterable[Work]) -> First[Any]: ...
-    def first(self, members: Iterable[Any]) -> First[Any]:
+    def first(self, members: Iterable[Work], /) -> First[int, Any]: ...
+    @overload
+    def first(self, /, **members: Signature[T] | ChildFlow[T]) -> First[str, T]: ...
+    @overload
+    def first(self, /, **members: Work) -> First[str, Any]: ...
+    def first(self, members: Iterable[Any] | None = None, /, **named: Any) -> First[Any, Any]:
         """Runs Celery signatures and flows, and waits for :class:`Event`, :class:`Decision` and :class:`Timer`, side by
-        side; gives the number, from 0, and the result of the one that succeeds first.
+        side; gives the number, from 0, and the result of the one that succeeds first. Members that are given by name
+        (``first(paid=Event(…), late=Timer(…))``) have it in place of the number. They are known by it, so they may
+        change places, but not names, in flows that have come to them.
 
         The others are cancelled if nobody has begun them; else they go on, and are recorded if they end before the
         flow. An event that came for another all the same is given back: who waits for it next has it.
 
         Raises:
             StepFailed: all of them failed.
-            InvalidData: there are none, or arguments cannot be JSON; none was scheduled. Or the flow cleans up, where
-                nothing is waited for.
+            InvalidData: there are none, or arguments cannot be JSON; none was scheduled. Or some have names and some
+                have none. Or the flow cleans up, where nothing is waited for.
         """
-        gather = self._gather_of(members, How(first_only=True))
+        if named and members is not None:
+            raise InvalidData("first", "takes its members in a list, or by name: give all a name, or none")
+        if named and self._options.key is not None:
+            raise InvalidData("step key", "is not of members that have names: they are known by these")
+        names = [check_name("name of a member", name) for name in named] or None
+        works = list(named.values() if members is None else members)
+        gather = Gather(self._replay, self._options, works, How(first_only=True), names)
         if not gather.is_all_remote:
             raise InvalidData("first", "takes one or more of task.s(…), flow.s(…), Event, Decision and Timer")
         return gather.first()
 
     def _gather(self, members: Iterable[Work], how: How) -> list[Any]:
-        return self._gather_of(members, how).results()
-
-    def _gather_of(self, members: Iterable[Work], how: How) -> Gather:
-        return Gather(self._replay, self._options, list(members), how)
+        return Gather(self._replay, self._options, list(members), how).results()
 
     # ---- undoing ----
 
@@ -208,12 +216,11 @@ class Run:
         error, and the others are run all the same.
         """
         self._replay.refuse_inside("on_failure")
-        if isinstance(undo, Task):
-            undo, args, kwargs = undo.s(*args, **kwargs), (), {}
+        if isinstance(undo, Task | Signature):
+            undo, args, kwargs = _signature("on_failure", undo, args, kwargs), (), {}
+            Gather.check([undo], self._options)
         elif not callable(undo):
             raise InvalidData("on_failure", f"takes a function or a Celery task, not {type(undo).__name__}")
-        if isinstance(undo, Signature):
-            Gather.check([undo], self._options)
         self._replay.undos.append(Undo(self._options, undo, args, kwargs))
 
     def undo(self) -> list[str]:
@@ -316,7 +323,7 @@ class Run:
     def restart_as(self, input: Any = None) -> NoReturn:
         """Ends this flow, and has a new one go on for it: same definition in its latest version, same owner and key,
         this input, a fresh history. For flows without an end, whose history would grow for ever. Does not return; what
-        :meth:`on_failure` was told is forgotten. ``handle.result()`` of this flow waits for the one that goes on.
+        :meth:`on_failure` was told is forgotten. Handles of this flow speak for the one that goes on.
 
         Raises:
             InvalidData: the input is not what the flow takes, or cannot be JSON; or this is a child flow, or cleans up.
@@ -349,3 +356,11 @@ class Run:
     def _without_options(self) -> None:
         if self._options != StepOptions():
             raise InvalidData("run.options()", "is for step, transaction, flow, gather, first and on_failure")
+
+
+def _signature(what: str, work: Task[..., Any] | Signature[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if isinstance(work, Task):
+        return work.s(*args, **kwargs)
+    if args or kwargs:
+        raise InvalidData(what, "is given arguments beside a signature, which has its own: write task.s(…) with all")
+    return work

@@ -138,12 +138,16 @@ class AsyncRun:
         return await self._take("gather", call)
 
     @overload
-    async def first(self, members: Iterable[Signature[T] | ChildFlow[T]]) -> First[T]: ...
+    async def first(self, members: Iterable[Signature[T] | ChildFlow[T]], /) -> First[int, T]: ...
     @overload
-    async def first(self, members: Iterable[Work]) -> First[Any]: ...
-    async def first(self, members: Iterable[Any]) -> First[Any]:
+    async def first(self, members: Iterable[Work], /) -> First[int, Any]: ...
+    @overload
+    async def first(self, /, **members: Signature[T] | ChildFlow[T]) -> First[str, T]: ...
+    @overload
+    async def first(self, /, **members: Work) -> First[str, Any]: ...
+    async def first(self, members: Iterable[Any] | None = None, /, **named: Any) -> First[Any, Any]:
         """:meth:`Run.first`."""
-        return await self._take("first", partial(self._run.first, members))
+        return await self._take("first", partial(self._run.first, members, **named))
 
     # ---- undoing ----
 

@@ -7,17 +7,20 @@ import secrets
 import socket
 import threading
 import weakref
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 from celery.utils.imports import import_from_cwd
 
 from celery_flows.store import FlowManager, InvalidData, SqlFlowStore, dispatch, schema
 from celery_flows.store.engines import make_engine
+from celery_flows.store.pruning import Archive
 from celery_flows.store.script import Call
-from celery_flows.tasks.ahead import Ahead
+from celery_flows.tasks.ahead import Ahead, NotBegun
 from celery_flows.tasks.interrupts import Interrupts
 from celery_flows.tasks.loop import pause
 from celery_flows.tasks.polling import poll
@@ -29,6 +32,9 @@ from celery_flows.tasks.watch import Watch
 
 if TYPE_CHECKING:
     from celery_flows.tasks.mirror import MirrorRule
+    from celery_flows.tasks.schedule import Schedule
+
+AHEAD = timedelta(seconds=1)  # beat's clock may be this much ahead of the database's; the flow begins at its slot
 
 
 class Runtime:
@@ -39,9 +45,10 @@ class Runtime:
         self.registry = Registry()
         self.stopping = Stopping()
         self.interrupts = Interrupts()
-        self.ahead = Ahead()
+        self.ahead: dict[NotBegun, Ahead] = {"step": Ahead(), "flow": Ahead()}
         self.watch = Watch(lambda: self.settings.tracing)
         self.mirror_rules: list[MirrorRule] = []
+        self.archive: Archive | None = None  # takes what is pruned
         self._store = store
         self._opening = threading.Lock()
         refer = weakref.WeakMethod(self._after_fork)
@@ -101,7 +108,8 @@ class Runtime:
         Raises:
             InvalidData: one cannot be imported.
         """
-        for module in self.settings.imports:
+        # Read for this alone: whoever imports the definitions may not have set everything yet.
+        for module in load_settings(self.app.conf).imports:
             try:
                 import_from_cwd(module)  # the current folder is searched, as for Celery's own imports
             except Exception as error:
@@ -137,8 +145,12 @@ class Runtime:
     wait_until = staticmethod(poll)
     pause = staticmethod(pause)
 
-    def before_body(self, step: str) -> None:
+    def before_body(self, step: str, body: Callable[..., Any]) -> None:
         """Told each time the body of a step is about to run in this process. Does nothing."""
+
+    def due_slots(self, schedule: Schedule, now: datetime, last: datetime | None) -> list[datetime]:
+        """The slots of a schedule that are to be started now; ``last`` as in :meth:`Schedule.due`."""
+        return schedule.due(now + AHEAD, last, self.app.timezone)
 
     @property
     def first_pause(self) -> float:

@@ -24,7 +24,7 @@ CatchUp = Literal["last", "all", "none"]
 
 ON_TIME_SECONDS = 60.0  # a slot that nobody has looked at for longer was missed
 MOST_SLOTS = 100  # that are started at once, and the newest of them
-DAYS_BACK = 366 * 28 + 1  # within so many, every day of a month has been every day of a week
+DAYS_ALL = 366 * 28 + 1  # within so many, every day of a month has been every day of a week
 HOURS = 24
 
 
@@ -57,6 +57,14 @@ class Schedule:
         if isinstance(self.every, timedelta):
             return _multiples(self.every, moment)
         return _named_times(self.every, moment, zone)
+
+    def slot_after(self, moment: datetime, zone: tzinfo) -> datetime | None:
+        """The first slot after this moment, in UTC; None: it is farther away than anybody looks."""
+        if isinstance(self.every, timedelta):
+            return EPOCH + ((moment - EPOCH) // self.every + 1) * self.every
+        days = _days(self.every, moment.astimezone(zone).date() - timedelta(days=1), 1)
+        slots = (slot for day in days for slot in sorted(_slots_of(self.every, day, zone)))
+        return next((slot for slot in slots if slot > moment), None)
 
     def due(self, now: datetime, last: datetime | None, zone: tzinfo) -> list[datetime]:
         """The slots to be started now, oldest first.
@@ -126,14 +134,18 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 def _named_times(times: Times, moment: datetime, zone: tzinfo) -> Iterator[datetime]:
     last = moment + timedelta(microseconds=1)
-    day = moment.astimezone(zone).date() + timedelta(days=1)  # clocks that are set back may make it today again
-    for _ in range(DAYS_BACK):
-        if times.has(day):
-            for slot in sorted(_slots_of(times, day, zone), reverse=True):
-                if slot < last:  # where clocks skip a day, its times fall on those of the next
-                    last = slot
-                    yield slot
-        day -= timedelta(days=1)
+    tomorrow = moment.astimezone(zone).date() + timedelta(days=1)  # clocks that are set back may make it today again
+    for day in _days(times, tomorrow, -1):
+        for slot in sorted(_slots_of(times, day, zone), reverse=True):
+            if slot < last:  # where clocks skip a day, its times fall on those of the next
+                last = slot
+                yield slot
+
+
+def _days(times: Times, first: date, step: int) -> Iterator[date]:
+    """The days that are named, from the first on; a step of -1 goes back."""
+    days = (first + timedelta(days=number * step) for number in range(DAYS_ALL))
+    return (day for day in days if times.has(day))
 
 
 def _slots_of(times: Times, day: date, zone: tzinfo) -> set[datetime]:

@@ -67,7 +67,12 @@ class FlowSettings(BaseSettings):
         86_400.0, ge=1, le=31_536_000, description="How long nothing may be seen of a mirrored flow's tasks before it "
         "is given up as lost; longer than your longest task, countdown or queue.",
     )  # fmt: skip
-    retain_days: int = Field(30, ge=0, le=36_500, description="How long ended flows are kept, by the daily prune.")
+    retain_days: int = Field(
+        30, ge=0, le=36_500, description="How long flows that finished or were cancelled are kept, by the daily prune."
+    )
+    retain_failed_days: int | None = Field(
+        None, ge=0, le=36_500, description="How long flows that failed are kept; not set: three times as long."
+    )
 
     metrics_port: int | None = Field(
         None, ge=0, le=65_535, description="Where each worker answers /metrics, /healthz and /readyz; not set: nowhere."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery_flows.store import Flow, FlowError, schedules
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from celery_flows.tasks.runtime import Runtime
 
 log = logging.getLogger("celery_flows.slots")
-
-AHEAD = timedelta(seconds=1)  # beat's clock may be this much ahead of the database's; the flow begins at its slot
 
 
 def start_due(runtime: Runtime) -> int:
@@ -40,17 +39,12 @@ def try_to_start(runtime: Runtime, definition: FlowDefinition[Any, Any]) -> int:
 
 
 def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Schedule) -> int:
-    zone = runtime.app.timezone
+    due = partial(runtime.due_slots, schedule)
 
-    def due(now: datetime, last: datetime | None) -> list[datetime]:
-        return schedule.due(now + AHEAD, last, zone)
-
-    def flow_at(slot: datetime) -> tuple[Flow, Drive]:
+    def flow_at(slot: datetime, begins_at: datetime) -> tuple[Flow, Drive]:
         with runtime.watch.spans.starting(definition.name) as started:
-            flow = Flow(
-                controller_id=definition.name,
-                definition_version=definition.version,
-                deadline_at=None if definition.timeout is None else slot + definition.timeout,
+            flow = definition.new_flow(
+                deadline_at=None if definition.timeout is None else begins_at + definition.timeout,
                 owner_session_key="default",
                 requester_origin="schedule",
                 idempotency_key=f"slot {slot.isoformat()}",

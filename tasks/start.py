@@ -67,9 +67,7 @@ def _start(
     store = runtime.store if caller is None else runtime.store.using(caller)
     encoded = definition.encoded_input(input)
     drive, told = drive_row(runtime, store, definition, options, definition.limit_key(encoded))
-    flow = Flow(
-        controller_id=definition.name,
-        definition_version=definition.version,
+    flow = definition.new_flow(
         deadline_at=deadline_of(store, definition, drive),
         goal=options.goal,
         owner_session_key=options.owner,
@@ -124,8 +122,9 @@ def deadline_of(store: SqlFlowStore, definition: FlowDefinition[Any, Any], drive
     """When a flow has to have ended that begins as its drive row says, by the database's clock."""
     if definition.timeout is None:
         return None
+    now = store.run(op.now)
     held_back = timedelta(seconds=0.0 if drive.published else drive.first_pause)
-    return (drive.due_at or store.run(op.now) + held_back) + definition.timeout
+    return max(now, drive.due_at or now + held_back) + definition.timeout
 
 
 def _seconds(countdown: Any) -> float:

@@ -50,9 +50,7 @@ def wanted(
     Raises:
         InvalidData: naming the input or key by its number.
     """
-    template = Flow(
-        controller_id=definition.name,
-        definition_version=definition.version,
+    template = definition.new_flow(
         goal=options.goal,
         owner_session_key=options.owner,
     )

@@ -22,12 +22,13 @@ from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import StepClaim
 from celery_flows.store.script import Call
 from celery_flows.tasks.drive import drive
-from celery_flows.tasks.inline import raised_as, timed_out
+from celery_flows.tasks.failures import of_attempt
+from celery_flows.tasks.inline import timed_out
 from celery_flows.tasks.interrupts import IN_PEACE, Interrupted, Interruptible
 from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on, surely_held
 from celery_flows.tasks.loop import Loop, call
 from celery_flows.tasks.metrics import LEASES_LOST
-from celery_flows.tasks.payloads import describe, result_codec
+from celery_flows.tasks.payloads import result_codec
 from celery_flows.tasks.retry import NEVER, RetryRule
 from celery_flows.tasks.runtime import Runtime, claim_token
 from celery_flows.tasks.timeout import TimeIsUp
@@ -95,7 +96,7 @@ def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery:
     if claim.cancel_requested and not claim.args.get("cleanup"):
         return cancelled(claim)
     try:
-        runtime.before_body(claim.task)
+        runtime.before_body(claim.task, task.run)
         value = _call(runtime, task, claim, delivery)
         result = result_codec(task.run).encode(
             f"result of step {claim.task}", value, runtime.settings.max_payload_bytes
@@ -105,7 +106,7 @@ def _attempt(runtime: Runtime, claim: StepClaim, task: Task[Any, Any], delivery:
             return None
         return cancelled(claim)
     except Retry as retry:
-        error = describe(retry.exc) if retry.exc is not None else {"type": "Retry", "message": ""}
+        error = of_attempt(retry.exc) if retry.exc is not None else {"type": "Retry", "message": ""}
         return Again(_delay_seconds(retry.when), error)
     except Ignore:
         return Completion(claim.holder, claim.flow_id, FlowStepStatus.SUCCEEDED)
@@ -137,7 +138,7 @@ def _token(claim: StepClaim) -> str:
 def failed(claim: StepClaim, error: BaseException) -> Outcome:
     """What an attempt comes to that raised: another one, if the step's policy says so."""
     rule = NEVER if (policy := claim.args.get("retry")) is None else RetryRule.of(policy)
-    pause, told = rule.pause_after(claim.attempt, error), raised_as(error)
+    pause, told = rule.pause_after(claim.attempt, error), of_attempt(error)
     again = "for good" if pause is None else f"and is tried again in {pause:.1f} s"
     log.warning("step %s of flow %s failed %s: %s", claim.task, claim.flow_id, again, told["type"])
     if pause is not None:

@@ -18,6 +18,7 @@ from celery_flows.tasks.options import StepOptions, options_of
 from celery_flows.tasks.payloads import read_back, result_codec
 from celery_flows.tasks.replay import Replay
 from celery_flows.tasks.timeout import time_limit
+from celery_flows.tasks.transaction import hold_back
 
 
 class Raised(Exception):
@@ -48,12 +49,15 @@ def run_transaction(
         return replay.outcome(known, codec)
     what = f"result of step {place.name}"
     attempts = Attempts(replay, place, options, known, code_name(work))
+    follow: Callable[[], None]
 
     def write(connection: Connection, began: float) -> StepWrite:
+        nonlocal follow
         # Its commits and rollbacks are of a savepoint: the transaction is the step's.
         session = Session(connection, join_transaction_mode="create_savepoint")
+        follow = hold_back(session)
         try:
-            with session, replay.inside(place.name), time_limit(options.seconds):
+            with session, replay.inside(place.name, work), time_limit(options.seconds):
                 with replay.interruptible().body():
                     value = work(session, *args, **kwargs)
                 session.flush()
@@ -67,8 +71,10 @@ def run_transaction(
 
     def attempt(began: float) -> str:
         try:
-            return driver.transact(lambda connection: write(connection, began))
+            result = driver.transact(lambda connection: write(connection, began))
         except Raised as raised:
             raise raised.error from None
+        follow()
+        return result
 
     return codec.decode(what, read_back(attempts.until_done(attempt)))

@@ -58,6 +58,19 @@ def once_committed(caller: Transaction | None, action: Callable[[], object]) -> 
         after_commit(caller, action)
 
 
+def hold_back(session: Session) -> Callable[[], None]:
+    """Has what is to follow this session's commits wait until the function that this gives is called: they release
+    savepoints of a transaction that somebody else commits."""
+    pending = _Pending.of_session(session)
+    pending.is_held_back = True
+
+    def follow() -> None:
+        pending.is_held_back = False
+        pending._run()
+
+    return follow
+
+
 class _Pending:
     """What waits for the end of a transaction; kept with the pooled connection, or with the session.
 
@@ -69,6 +82,7 @@ class _Pending:
     def __init__(self) -> None:
         self.actions: list[Callable[[], object]] = []
         self.committed: list[Callable[[], object]] = []
+        self.is_held_back = False
 
     @classmethod
     def of(cls, connection: sa.Connection) -> _Pending:
@@ -99,6 +113,8 @@ class _Pending:
         self.actions = []
 
     def _run(self) -> None:
+        if self.is_held_back:
+            return
         due, self.committed = self.committed, []
         if due:
             _off_the_loop(lambda: _run_all(due))

@@ -87,13 +87,14 @@ KINDS = {
     "unknown_flow": Kind(
         True,
         "flows are open whose definition this application does not have; they wait for a worker that does",
-        "deploy it again, name its module in flow_imports, or cancel those flows",
+        "deploy it again, name its module in flow_imports, or end the flows without their cleanup: "
+        "celery flow cancel --now ID",
     ),
     "history_refused": Kind(
         True,
         "flows are left alone, for the function here is not the one that their history was made by",
         "deploy the old function again, under its version, and give the new one a version of its own (a look follows "
-        "every 10 minutes); or end the flow without its cleanup: flows.manager.cancel(id)",
+        "every 10 minutes); or cancel the flow, which then ends without its cleanup",
     ),
     "unknown_task": Kind(
         True,

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from celery_flows.store import Flow, FlowManager, FlowStatus, InvalidData, SqlFlowStore
 from celery_flows.store import operations as op
 from celery_flows.store.clock import as_utc
+from celery_flows.store.pruning import Archive
 from celery_flows.store.schedules import Overlap
 from celery_flows.store.validation import check_name, check_text
 from celery_flows.tasks.aio import AsyncTransaction, run
@@ -40,6 +41,7 @@ from celery_flows.worker.schedule import add_beat_entries, add_late_beat_entry
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+A = TypeVar("A", bound=Archive)
 
 _installed: WeakKeyDictionary[Celery, Flows] = WeakKeyDictionary()
 
@@ -109,6 +111,7 @@ class Flows:
         version: int = 1,
         retry: Retry | None = None,
         timeout: timedelta | None = None,
+        retain: timedelta | None = None,
         priority: int | None = None,
         limit: Limit | None = None,
         schedule: crontab | timedelta | float | None = None,
@@ -124,6 +127,8 @@ class Flows:
             retry: how often and when its steps are tried again, where nothing else is said.
             timeout: how long after its start a flow has to end; past that it is told (:class:`FlowTimedOut`), and
                 fails.
+            retain: how long a flow is kept after its end, however it ended; None: ``flow_retain_days``, or
+                ``flow_retain_failed_days``. It holds for flows that start from now on.
             priority: of its messages, 0 to 255, as your broker has it.
             limit: how many of them may be at work, or begin within some time (:class:`Limit`); the others queue, by
                 priority and then by age.
@@ -143,7 +148,7 @@ class Flows:
         by = None if schedule is None else parse_schedule(name, schedule, catch_up, overlap)
         define = partial(
             FlowDefinition, self.runtime, name, queue=queue, version=version, retry=retry, timeout=timeout,
-            priority=priority, schedule=by, limit=limit,
+            retain=retain, priority=priority, schedule=by, limit=limit,
         )  # fmt: skip
         return _Define(define, self.runtime)
 
@@ -267,6 +272,20 @@ class Flows:
         """
         check_name("pattern", pattern)
         self.runtime.mirror_rules.append(MirrorRule(pattern, check_text("goal", goal), check_name("owner", owner)))
+
+    def archive(self, function: A) -> A:
+        """Has this function be handed what is pruned, before it is deleted: for each flow a line of JSON that holds
+        the flow, its steps and its events. A decorator, or called with a :class:`JsonLinesFile`::
+
+            @flows.archive
+            def keep(lines: Sequence[str]) -> None: ...
+
+        It is called within the transaction that deletes those flows, a few hundred at a time. What it raises ends that
+        prune, and they stay. If the transaction fails after it they are handed to it again, so what it gets is to be
+        told apart by the flow's id. It is to be quick: an open transaction holds up the database's own cleaning.
+        """
+        self.runtime.archive = function
+        return function
 
     def mirrored(self, task_id: str) -> FlowHandle[None]:
         """The handle of the flow that a :meth:`mirror_rule` makes for this root task."""

@@ -3,11 +3,8 @@ CELERY_BROKER_URL are set. Somebody allows all deletions but that of b.txt."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from celery_flows import FlowHandle
 from celery_flows.worker.embedded import await_fact
-from examples.agent_loop.app import Conversation, Message, app, converse, flows
+from examples.agent_loop.app import Conversation, Message, app, converse
 from examples.servers import servers, start_worker
 
 
@@ -19,26 +16,18 @@ def main() -> None:
         answered: set[str] = set()
 
         def answer() -> bool:
-            flow = latest(started)
-            seen = flow.get()
-            asks = seen.state_json.get("asks")
+            state = started.state()
+            asks = state.get("asks")
             if asks is not None and asks not in answered:
                 answered.add(asks)
-                calls = seen.state_json["calls"]
+                calls = state["calls"]
                 allowed = "b.txt" not in calls
                 print(f"{calls}? {'yes' if allowed else 'no'}")
-                (flow.approve if allowed else flow.reject)(asks, by="ann")
-            return seen.status.is_terminal and seen.continued_as is None
+                (started.approve if allowed else started.reject)(asks, by="ann")
+            return started.status().is_terminal
 
         await_fact(answer, worker, log, seconds=60)
         print(started.result())
-
-
-def latest(flow: FlowHandle[Any]) -> FlowHandle[Any]:
-    """The flow that has gone on for this one, as long as there is one."""
-    while (after := flow.get().continued_as) is not None:
-        flow = flows.handle(after)
-    return flow
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from celery import Celery
 
-from celery_flows.tasks.testing.replaced import replaced
+from celery_flows.tasks.testing.replaced import asked_anew, replaced
 
 _KEYS = ("broker_url", "broker_read_url", "broker_write_url")  # the environment's beat those of the app
 
@@ -23,7 +23,7 @@ def in_memory(app: Celery) -> Iterator[None]:
     variables = {name: os.environ.pop(name) for key in _KEYS if (name := f"CELERY_{key.upper()}") in os.environ}
     changes.update(dict.fromkeys(_KEYS, "memory://localhost//"))
     try:
-        with replaced(app, _pool=None), replaced(app.amqp, _producer_pool=None):
+        with replaced(app, _pool=None), asked_anew(app, "amqp"):  # which keeps producers, queues and routes
             yield
             app.control.purge()  # what was sent and not consumed is not for the next test
     finally:

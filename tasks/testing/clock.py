@@ -47,30 +47,41 @@ class FlowClock:
     def advance(self, duration: timedelta | None = None, /, **units: float) -> None:
         """Lets time pass: ``advance(days=90)``, in the units of :class:`~datetime.timedelta`, or a timedelta.
 
-        The workers are there meanwhile: what falls due on the way is done at its own time, in order. Inside a step it
-        only passes: the step takes that long.
+        Workers and beat are there meanwhile: what falls due on the way is done at its own time, in order, and the flows
+        whose schedules say so begin. Inside a step it only passes: the step takes that long.
 
         Raises:
-            InvalidData: time does not go back.
+            InvalidData: it is no duration, or goes back.
         """
+        passes = _duration(duration, units)
+        if passes < timedelta():
+            raise self._goes_back()
         self._meanwhile(self.now())  # what is to be done now, takes a few ticks
-        self.advance_to(self.now() + (duration or timedelta()) + timedelta(**units))
+        self._meanwhile(self.now() + passes)
 
     def advance_to(self, at: datetime) -> None:
         """Lets time pass until an aware time, as :meth:`advance` does.
 
         Raises:
-            InvalidData: that is past, or naive.
+            InvalidData: that is past, or naive, or no time.
         """
-        at = clock.as_utc("at", at)
+        at = _moment("flow_clock.advance_to", at)
         if at < self.now():
-            raise InvalidData("flow_clock", "does not go back")
+            raise self._goes_back()
         self._meanwhile(at)
 
     def move_to(self, at: datetime) -> None:
-        """It is that time now, and nothing has happened meanwhile: no worker was there. A time that has passed
-        is no move."""
-        self._passed += max(at - self.now(), timedelta())
+        """It is that time now, and nothing has happened meanwhile: neither worker nor beat was there. A time that has
+        passed is no move.
+
+        Raises:
+            InvalidData: it is naive, or no time.
+        """
+        self._passed += max(_moment("flow_clock.move_to", at) - self.now(), timedelta())
+
+    def _goes_back(self) -> InvalidData:
+        now = f"{self.now():%Y-%m-%d %H:%M:%S}"
+        return InvalidData("flow_clock", f"does not go back, and it is {now} UTC: reckon from flow_clock.now()")
 
     # ---- for the kit ----
 
@@ -113,3 +124,22 @@ class FlowClock:
         else:
             statement = statement.replace(sqlite.NOW, at.strftime("'%Y-%m-%d %H:%M:%S.%f'"))
         return statement, parameters
+
+
+def _duration(duration: Any, units: dict[str, float]) -> timedelta:
+    try:
+        given = timedelta(**units)
+    except TypeError as error:
+        raise InvalidData("flow_clock.advance", f"takes the units of timedelta, as in days=90 ({error})") from None
+    if duration is None:
+        return given
+    if not isinstance(duration, timedelta):
+        takes = "takes a timedelta, or a number with its unit, as in seconds=60; advance_to(…) takes a time"
+        raise InvalidData("flow_clock.advance", f"{takes}; not {duration!r}")
+    return given + duration
+
+
+def _moment(where: str, at: Any) -> datetime:
+    if not isinstance(at, datetime):
+        raise InvalidData(where, f"takes a datetime, not {at!r}; advance(…) takes how long")
+    return clock.as_utc(where, at)

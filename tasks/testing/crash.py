@@ -14,6 +14,7 @@ from celery_flows.store.changes import Change, Completion, Holder
 from celery_flows.store.dispatch import StepClaim, retry_step
 from celery_flows.store.operations import Mode, change_made
 from celery_flows.store.script import Call, Pause
+from celery_flows.tasks.testing.asked import check_name, check_times
 from celery_flows.tasks.testing.failures import tell_failure
 from celery_flows.tasks.testing.names import is_meant
 
@@ -42,12 +43,12 @@ class DyingStore(SqlFlowStore):
 
 @dataclass
 class _Crash:
-    step: str
+    name: str
     when: When
     left: int
 
     def __str__(self) -> str:
-        return f"flow_crash.at({self.step!r}, when={self.when!r})"
+        return f"flow_crash.at({self.name!r}, when={self.when!r})"
 
 
 class FlowCrash:
@@ -55,6 +56,7 @@ class FlowCrash:
 
     def __init__(self) -> None:
         self._crashes: list[_Crash] = []
+        self._tasks: dict[str, list[str]] = {}  # step → the tasks whose body it was when it ran last
 
     def at(self, step: str, *, when: When = "during", times: int = 1) -> None:
         """The worker dies at the next step of this name: ``before`` its body runs; ``during`` it, which is after its
@@ -64,29 +66,37 @@ class FlowCrash:
         crash does not strike.
 
         Args:
-            step: the name of a function or task; of a task's, what follows the last dot is enough.
+            step: the name of a function or task; of a task's, what follows the last dot is enough. A task's body as a
+                plain step, ``run.step(task.run)``, goes by either name.
             times: how often in a row.
 
         Raises:
-            InvalidData: ``when`` is none of the three.
+            InvalidData: ``when`` is none of the three, ``step`` is no name, or ``times`` is no number from 1.
         """
+        check_name("flow_crash.at", step)
+        check_times("flow_crash.at", times)
         if when not in get_args(When):
             raise InvalidData("when", f"is one of {', '.join(get_args(When))}")
         self._crashes.append(_Crash(step, when, times))
 
     # ---- for the kit ----
 
+    def called(self, step: str, tasks: list[str]) -> None:
+        """Says by what other names the step that is about to run may be meant."""
+        self._tasks[step] = tasks
+
     def strikes(self, step: str, when: When) -> bool:
         """Whether the worker dies here, of a crash that is then spent."""
+        names = [step, *self._tasks.get(step, [])]
         for crash in self._crashes:
-            if crash.left and crash.when == when and is_meant(step, crash.step):
+            if crash.left and crash.when == when and any(is_meant(name, crash.name) for name in names):
                 crash.left -= 1
                 return True
         return False
 
-    def spared(self) -> Iterator[str]:
-        """The crashes that have not struck as often as they were to."""
-        return (str(crash) for crash in self._crashes if crash.left)
+    def spared(self) -> Iterator[tuple[str, str]]:
+        """The crashes that have not struck as often as they were to: how they were asked for, and at which name."""
+        return ((str(crash), crash.name) for crash in self._crashes if crash.left)
 
 
 class CrashingStore(DyingStore):

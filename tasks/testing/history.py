@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from datetime import datetime
 from types import EllipsisType
 from typing import Any
 
+from celery_flows.store import FlowStep, InvalidData
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.testing.names import is_meant
 
 Expected = Sequence["str | EllipsisType"]
 
@@ -32,6 +35,25 @@ def assert_history(handle: FlowHandle[Any], expected: Expected) -> None:
         lines = ["..." if line is ... else line for line in expected]
         compared = "\n".join(difflib.ndiff([str(line) for line in lines], actual))
         raise AssertionError(f"the history of flow {handle.id} is another (- expected, + is there):\n{compared}")
+
+
+def most_at_once(handle: FlowHandle[Any], name: str) -> int:
+    """The most of the flow's steps of this name that were out at once: a gather keeps them to its ``limit=``. They are
+    Celery tasks or child flows, each out from being scheduled until it has ended.
+
+    Raises:
+        InvalidData: no step has this name.
+    """
+    steps = handle._runtime.store.list_steps(handle.id)
+    members = [step for step in steps if is_meant(step.task, name)]
+    if not members:
+        there = ", ".join(dict.fromkeys(step.task for step in steps)) or "none"
+        raise InvalidData("most_at_once", f"the flow has had no step {name!r}; its steps are {there}")
+    return max(sum(_is_out(member, each.created_at) for member in members) for each in members)
+
+
+def _is_out(member: FlowStep, at: datetime) -> bool:
+    return member.created_at <= at and (not member.status.is_terminal or at < member.updated_at)
 
 
 def _line(kind: str, step: str | None) -> str:

@@ -19,15 +19,17 @@ from celery_flows.tasks.awaited import EVENT, TIMER
 from celery_flows.tasks.call import call_flow
 from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import HistoryMismatch
+from celery_flows.tasks.failures import of_attempt, of_flow
 from celery_flows.tasks.interrupts import IN_PEACE, Interruptible
 from celery_flows.tasks.loop import Loop, call
-from celery_flows.tasks.payloads import describe, result_codec
+from celery_flows.tasks.payloads import result_codec
 from celery_flows.tasks.registry import FlowDefinition, Registry
 from celery_flows.tasks.replay import Place, Replay, Suspended
 from celery_flows.tasks.run import Run
 from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.settings import FlowSettings
-from celery_flows.tasks.testing.names import is_meant
+from celery_flows.tasks.testing.replaced import asked_anew
+from celery_flows.tasks.testing.stubs import Stubs
 from celery_flows.tasks.testing.stuck import Stuck
 from celery_flows.tasks.wait_steps import WAIT_TIMED_OUT
 from celery_flows.tasks.watch import Watch
@@ -67,11 +69,17 @@ def run_inline(
     Raises:
         Stuck: it waits, without a timeout, for an event that is not among ``events``.
         NotInline: it does what needs a store.
+        InvalidData: one of ``steps`` has no name of the application's, and was not called.
         Exception: whatever the function raises.
     """
     __tracebackhide__ = True
     try:
-        return cast("Out", InlineDriver(definition, definition.encoded_input(input), steps or {}, events or {}).play())
+        with asked_anew(definition._runtime, "settings"):
+            encoded = definition.encoded_input(input)
+            stubs = Stubs(steps or {})
+            result = InlineDriver(definition, encoded, stubs, events or {}).play()
+            stubs.check(definition._runtime)
+            return cast("Out", result)
     except Refused as refused:
         raise refused.error from None
 
@@ -85,7 +93,7 @@ class Storeless:
         self.settings: FlowSettings = runtime.settings
         self.watch = Watch()
 
-    def before_body(self, step: str) -> None:
+    def before_body(self, step: str, body: Callable[..., Any]) -> None:
         """Nobody is told."""
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -99,7 +107,7 @@ class InlineDriver(Driver):
         self,
         definition: FlowDefinition[Any, Any],
         input_json: Any,
-        steps: Mapping[str, Callable[..., Any]],
+        stubs: Stubs,
         events: Mapping[str, Any],
     ) -> None:
         self.runtime = cast("Runtime", Storeless(definition._runtime))
@@ -108,7 +116,7 @@ class InlineDriver(Driver):
         self.history = {}
         self.defaults = definition.defaults
         self.max_payload_bytes = self.runtime.settings.max_payload_bytes
-        self._definition, self._steps, self._events = definition, steps, events
+        self._definition, self._stubs, self._events = definition, stubs, events
         self._kept: dict[str, FlowStep] = {}
         self._now = datetime.now(UTC)
         self.loop = Loop()
@@ -244,12 +252,13 @@ class InlineDriver(Driver):
         try:
             result = self._stub_result(member) or self._result(member)
         except Exception as error:
-            return StepWrite(member.run_id, member.task, FlowStepStatus.FAILED, member.position, error=describe(error))
+            told = of_attempt(error) if member.child is None else of_flow(error)
+            return StepWrite(member.run_id, member.task, FlowStepStatus.FAILED, member.position, error=told)
         return StepWrite(member.run_id, member.task, FlowStepStatus.SUCCEEDED, member.position, result=result)
 
     def _stub_result(self, member: Member) -> str | None:
         """The result, as JSON text, of what stands in for it; None: nothing does."""
-        work = next((work for name, work in self._steps.items() if is_meant(member.task, name)), None)
+        work = self._stubs.find(member.task)
         if work is None:
             return None
         if member.child is not None:
@@ -266,7 +275,7 @@ class InlineDriver(Driver):
             definition = self.runtime.registry.get(child.controller_id, child.definition_version)
             if definition is None:
                 definition = self.runtime.registry.require(child.controller_id)
-            value = InlineDriver(definition, child.input_json, self._steps, self._events).play()
+            value = InlineDriver(definition, child.input_json, self._stubs, self._events).play()
             return definition.output.encode(what, value, self.max_payload_bytes)
         task: Any = self.app.tasks.get(member.task)
         if task is None:

@@ -22,3 +22,17 @@ def replaced(whole: Any, **parts: Any) -> Iterator[None]:
                 setattr(whole, name, before[name])
             else:
                 delattr(whole, name)
+
+
+@contextmanager
+def asked_anew(whole: Any, *names: str) -> Iterator[None]:
+    """What the object keeps once it has been asked (``cached_property``) is asked anew, and forgotten afterwards; what
+    it has kept from before, it has again then."""
+    own = vars(whole)
+    before = {name: own.pop(name) for name in names if name in own}
+    try:
+        yield
+    finally:
+        for name in names:
+            own.pop(name, None)
+        own.update(before)

@@ -38,7 +38,7 @@ def tell_waits(store: SqlFlowStore) -> str:
 
 
 def _reason(store: SqlFlowStore, flow: Flow) -> str:
-    if flow.paused_at is not None:
+    if flow.paused_at is not None and not flow.cancel_requested:
         return "is paused: flows.manager.unpause(…) lets it go on"
     if flow.status is FlowStatus.WAITING:
         return _wait(flow.wait_json or {})

@@ -147,7 +147,7 @@ SOURCE = ". .celery-flows/env"
 START = """celery -A shop flow start shop/fulfil '"order-1"' --key order-1"""
 EMIT = """celery -A shop flow emit approval order-1 '{"by": "Ada"}'"""
 LIST = "celery -A shop flow list"
-SHOW = "celery -A shop flow show FLOW_ID"
+SHOW = "celery -A shop flow show FLOW_ID --payloads"
 
 
 @tries("# shop.py", DEV, SOURCE, START, EMIT, LIST, SHOW)

@@ -190,7 +190,7 @@ def test_a_slot_that_has_passed_and_that_nobody_looked_at_is_found(bench: Bench)
     assert found(bench, "slot_missed") == []  # nobody has looked yet: it is new
     slots.start_due(bench.runtime)
     assert found(bench, "slot_missed") == []
-    last = {"slot": (bench.store.run(op.now) - timedelta(hours=3)).isoformat(), "flow_id": None}
+    last = {"slot": (bench.store.run(op.now) - timedelta(hours=3)).isoformat(), "flow": None}
     with bench.store.engine.begin() as connection:
         connection.execute(sa.update(flow_heartbeats).values(report=last))
     [about] = found(bench, "slot_missed")

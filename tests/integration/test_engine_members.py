@@ -13,6 +13,7 @@ from celery.exceptions import Ignore, Reject
 from pydantic import BaseModel
 
 from celery_flows import FlowFailed, FlowStatus, FlowStepStatus, InvalidData, Run, StepFailed
+from celery_flows.tasks.ahead import LEAST
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
 
@@ -255,6 +256,33 @@ def test_many_members_are_joined(bench: Bench) -> None:
 
     assert bench.finish(many.start()) == sum(n * n for n in range(50))
     assert sorted(bench.effects) == list(range(50))
+
+
+def test_members_that_wait_long_for_workers_do_not_fill_the_queue_with_duplicates(make_bench: MakeBench) -> None:
+    """Nor do they keep from being sent what was begun, or a new flow."""
+    bench = make_bench(sweep_limit=20, republish_seconds=3600)
+    tasks = add_tasks(bench)
+
+    @bench.flows.flow("many")
+    def many(run: Run) -> int:
+        return sum(run.gather(tasks.square.s(n) for n in range(100)))
+
+    handle = many.start()
+    bench.drive(handle.id)
+    bench.messages()
+    bench.pass_time()
+    assert [bench.sweep().published for _ in range(3)] == [20, LEAST, LEAST]
+    sent = [message.id for message in bench.messages()]
+    assert len(set(sent)) == 20 + 2 * LEAST
+    for run_id in sent[:30]:
+        bench.run_step(run_id)
+    assert bench.sweep().published == 20 - LEAST
+    new = many.start()
+    bench.call_driver(new.id)
+    assert bench.sweep().published == 1 + LEAST
+    new.cancel()
+    assert bench.finish(handle) == sum(n * n for n in range(100))
+    bench.work()
 
 
 def test_results_of_tasks_are_read_back_by_their_annotation(bench: Bench) -> None:

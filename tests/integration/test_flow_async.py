@@ -678,3 +678,28 @@ def test_what_is_undone_by_an_async_function(bench: Bench) -> None:
         bench.finish(plain.start())
     assert bench.finish(awaits.start()) == []
     assert bench.effects == ["second", "first", "third"]
+
+
+def test_a_thread_of_a_step_that_timed_out_keeps_nobody(bench: Bench) -> None:
+    """The loop's end waited for it: the flow had ended, and its worker could not go on."""
+    let_go, gone = threading.Event(), threading.Event()
+
+    def block() -> None:
+        let_go.wait(60)
+        gone.set()
+
+    async def call() -> None:
+        await asyncio.to_thread(block)
+
+    @bench.flows.flow("blocks")
+    async def blocks(run: AsyncRun) -> str:
+        with suppress(StepTimedOut):
+            await run.options(timeout=timedelta(milliseconds=200)).step(call)
+        return "went on"
+
+    try:
+        assert bench.finish(blocks.start()) == "went on"
+        assert not gone.is_set()
+    finally:
+        let_go.set()
+    assert gone.wait(60)

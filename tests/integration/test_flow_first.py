@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from celery_flows import (
     Approval,
+    AsyncRun,
     Decision,
     Event,
     FlowCancelled,
@@ -26,7 +27,7 @@ from celery_flows.store.tables import flow_dispatch, flow_inbox, flows
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
 
-HOUR = timedelta(hours=1)
+HOUR, MOMENT = timedelta(hours=1), timedelta(milliseconds=1)
 
 
 def children(bench: Bench, flow_id: UUID) -> list[str]:
@@ -288,3 +289,133 @@ def test_options_hold_for_what_is_waited_for_as_for_child_flows(bench: Bench) ->
     assert bench.finish(in_time.start()) == "FlowTimedOut"
     with pytest.raises(FlowFailed, match="retry: is not of child flows"):
         bench.finish(again.start())
+
+
+# ---- members by name ------------------------------------------------------------------------------------------------
+
+
+def test_a_member_that_was_given_by_name_is_told_by_name(bench: Bench) -> None:
+    @bench.flows.flow("asks")
+    def asks(run: Run, seconds: float) -> str:
+        first = run.first(manager=Decision("manager"), late=Timer(timedelta(seconds=seconds)))
+        return "late" if first.which == "late" else f"{first.which}: {first.value.by}"
+
+    handle = asks.start(3600)
+    bench.work()
+    handle.approve("manager", by="Ada")
+    settle(bench)
+    assert handle.result(0) == "manager: Ada"
+    assert bench.finish(asks.start(0.1)) == "late"
+
+
+def test_tasks_and_flows_have_names_too(bench: Bench) -> None:
+    @bench.task("halve")
+    def halve(number: int) -> int:
+        if number % 2:
+            raise ValueError("odd")
+        return number // 2
+
+    @bench.flows.flow("child")
+    def child(run: Run) -> str:
+        return str(run.wait_for("go", "on"))
+
+    @bench.flows.flow("races")
+    def races(run: Run) -> list[Any]:
+        return list(run.first(odd=halve.s(1), child=child.s(), even=halve.s(4)))
+
+    assert bench.finish(races.start()) == ["even", 2]
+
+
+def test_an_async_flow_names_its_members(bench: Bench) -> None:
+    @bench.flows.flow("waits")
+    async def waits(run: AsyncRun) -> list[Any]:
+        return list(await run.first(paid=Event("paid", "o1"), late=Timer(HOUR)))
+
+    bench.flows.emit("paid", "o1", 5)
+    assert bench.finish(waits.start()) == ["paid", 5]
+
+
+def test_each_round_of_a_loop_may_have_the_same_names(bench: Bench) -> None:
+    @bench.flows.flow("loops")
+    def loops(run: Run) -> list[Any]:
+        return [run.first(paid=Event("paid", "o1"), late=Timer(HOUR)).value for _ in range(3)]
+
+    for number in range(3):
+        bench.flows.emit("paid", "o1", number)
+    assert bench.finish(loops.start()) == [0, 1, 2]
+
+
+def asking(bench: Bench, names: list[str]) -> Any:
+    """A flow that asks by these names, in this order, twice; as a release of its code would have it."""
+    bench.runtime.registry._definitions.pop("asks", None)
+
+    @bench.flows.flow("asks")
+    def asks(run: Run) -> list[str]:
+        return [run.first(**{name: Decision(name) for name in names}).which for _ in range(2)]
+
+    return asks
+
+
+def test_members_by_name_may_change_places(bench: Bench) -> None:
+    """The order of keyword arguments looks as if it made no difference, so it must make none: neither who is who while
+    they are waited for, nor who was first."""
+    handle = asking(bench, ["manager", "finance"]).start()
+    bench.work()
+    asking(bench, ["finance", "manager"])
+    handle.approve("manager", by="Ada")
+    settle(bench)
+    asking(bench, ["manager", "finance"])
+    handle.approve("finance", by="Bob")
+    settle(bench)
+    assert handle.result(0) == ["manager", "finance"]
+
+
+@pytest.mark.parametrize("renamed", ["while it is waited for", "when it was first"])
+@pytest.mark.parametrize("names", [["boss", "finance"], ["finance", "boss"]])
+def test_a_name_that_changes_under_a_flow_is_refused(bench: Bench, names: list[str], renamed: str) -> None:
+    """It would be another member, and the one there was would take its decision."""
+    handle = asking(bench, ["manager", "finance"]).start()
+    bench.work()
+    if renamed == "when it was first":
+        handle.approve("manager", by="Ada")
+        settle(bench)
+    asking(bench, names)
+    handle.approve("finance", by="Bob")
+    settle(bench)
+    error = handle.get().error_json or {}
+    assert error["type"] == "HistoryMismatch"
+    assert f"'flows.event (manager)', but the flow function came to 'flows.event ({names[0]})'" in error["message"]
+    asking(bench, ["manager", "finance"])
+    bench.pass_time()
+    bench.work()
+    if renamed == "while it is waited for":
+        handle.approve("manager", by="Ada")
+        settle(bench)
+    assert sorted(handle.result(0)) == ["finance", "manager"]
+
+
+@pytest.mark.parametrize(
+    ("first", "says"),
+    [
+        (lambda run: run.first([Timer(HOUR)], late=Timer(HOUR)), "first: takes its members in a list, or by name"),
+        (lambda run: run.first(), "first: takes one or more of"),
+        (lambda run: run.first(**{"": Timer(HOUR)}), "name of a member: must not be empty"),
+        (lambda run: run.first(late=lambda: 1), "first: takes one or more of"),
+        (lambda run: run.options(key="k").first(late=Timer(HOUR)), "step key: is not of members that have names"),
+    ],
+)
+def test_what_cannot_be_first_is_refused(bench: Bench, first: Any, says: str) -> None:
+    @bench.flows.flow("wrong")
+    def wrong(run: Run) -> None:
+        first(run)
+
+    with pytest.raises(FlowFailed, match=says):
+        bench.finish(wrong.start())
+
+
+def test_a_member_may_have_any_name(bench: Bench) -> None:
+    @bench.flows.flow("named")
+    def named(run: Run) -> list[str]:
+        return [run.first(members=Timer(MOMENT)).which, run.first(self=Timer(MOMENT)).which]
+
+    assert bench.finish(named.start()) == ["members", "self"]

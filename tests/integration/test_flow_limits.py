@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from celery_flows import FlowDefinition, FlowHandle, InvalidData, Limit, Retry, Run
 from celery_flows.store import FlowStatus, dispatch, limits
-from celery_flows.store.tables import flow_dispatch, flow_heartbeats, flow_limits, flows
+from celery_flows.store.tables import flow_dispatch, flow_events, flow_heartbeats, flow_limits, flows
 from celery_flows.tasks import runtime as runtime_module
 from celery_flows.tasks import slots as of_schedules
 from tests.integration.conftest import MakeBench
@@ -211,7 +211,7 @@ def test_slots_of_a_schedule_are_limited_by_their_time(bench: Bench) -> None:
 
     of_schedules.start_due(bench.runtime)
     with bench.store.engine.begin() as connection:
-        last = {"slot": "2020-01-01T00:00:00+00:00", "flow_id": None}
+        last = {"slot": "2020-01-01T00:00:00+00:00", "flow": None}
         connection.execute(
             sa.update(flow_heartbeats).where(flow_heartbeats.c.name == "schedule hourly").values(report=last)
         )
@@ -431,12 +431,21 @@ def test_the_most_urgent_are_next_as_the_broker_has_it(
 # ---- how many within a time -----------------------------------------------------------------------------------------
 
 
+def moved(connection: sa.Connection, entry: float | str, back: timedelta) -> float | str:
+    """A start in a limit's log, so much earlier; of a flow that has not begun, as it is."""
+    if isinstance(entry, str):
+        mine = sa.and_(flow_events.c.flow_id == UUID(entry), flow_events.c.kind == "started")
+        at: datetime | None = connection.scalar(sa.select(flow_events.c.at).where(mine))
+        return entry if at is None else (at - back).timestamp()
+    return entry - back.total_seconds()
+
+
 def move_starts(bench: Bench, back: timedelta) -> None:
     """As if so much time had passed, for limits."""
     with bench.store.engine.begin() as connection:
         for row in connection.execute(sa.select(flow_limits)).all():
-            moved = [start - back.total_seconds() for start in row.recent_starts]
-            values = {"recent_starts": moved, "due_at": row.due_at - back}
+            log = [moved(connection, entry, back) for entry in row.recent_starts]
+            values = {"recent_starts": log, "due_at": row.due_at - back}
             connection.execute(sa.update(flow_limits).where(flow_limits.c.key == row.key).values(values))
 
 
@@ -452,6 +461,24 @@ def test_so_many_begin_within_any_window(bench: Bench) -> None:
     bench.work()
     assert bench.effects == [f"{n} begins" for n in range(4)]
     assert queued(bench) == [handles[4].id]
+
+
+def test_what_was_let_begin_while_no_worker_was_free_does_not_begin_at_once(bench: Bench) -> None:
+    """Slots were given as the time went on, and as many began together as had piled up."""
+    flow = sleeping(bench, limit=Limit(2, every=MINUTE))
+    handles = [flow.start(str(n)) for n in range(6)]
+    drive_all(bench, handles[:4])
+    assert bench.effects == ["0 begins", "1 begins"]
+    for _ in range(3):
+        move_starts(bench, MINUTE)
+        bench.sweep()
+    assert len(slots(bench)) == 2, "they have not begun: they count as if they did now"
+    bench.work()
+    assert bench.effects == [f"{n} begins" for n in range(4)]
+    move_starts(bench, MINUTE)
+    bench.sweep()
+    bench.work()
+    assert bench.effects == [f"{n} begins" for n in range(6)]
 
 
 def test_going_on_is_no_start(bench: Bench) -> None:

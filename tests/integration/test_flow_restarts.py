@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from typing import Any
+from uuid import UUID
 
 import pytest
 
-from celery_flows import FlowCancelled, FlowFailed, FlowStatus, InvalidData, KeyConflict, ResultTimedOut, Run
+from celery_flows import (
+    AlreadyTerminal,
+    AsyncRun,
+    FlowCancelled,
+    FlowFailed,
+    FlowHandle,
+    FlowManager,
+    FlowNotFound,
+    FlowStatus,
+    InvalidData,
+    KeyConflict,
+    ResultTimedOut,
+    Run,
+)
 from celery_flows.store.engines import make_engine
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
@@ -170,3 +185,140 @@ def test_who_goes_on_has_the_priority_of_the_definition(bench: Bench) -> None:
     [_, after] = lives(bench, handle.id)
     assert [row.priority for row in bench.rows(after.id)] == [7]
     bench.work()
+
+
+# ---- a handle of an earlier life ------------------------------------------------------------------------------------
+
+
+def endless(bench: Bench, style: str = "plain") -> Any:
+    """A flow that is in its third life when it first waits."""
+    if style == "async":
+
+        @bench.flows.flow("endless")
+        async def lives_on_async(run: AsyncRun, number: int) -> str:
+            await run.update(life=number)
+            if number < 3:
+                await run.restart_as(number + 1)
+            return (await run.approval("end")).by
+
+        return lives_on_async
+
+    @bench.flows.flow("endless")
+    def lives_on(run: Run, number: int) -> str:
+        run.update(life=number)
+        if number < 3:
+            run.restart_as(number + 1)
+        return run.approval("end").by
+
+    return lives_on
+
+
+def third_life(bench: Bench, style: str = "plain") -> FlowHandle[str]:
+    """The handle of the first life of one that is in its third."""
+    handle: FlowHandle[str] = endless(bench, style).start(1)
+    bench.work()
+    assert handle.get().status is FlowStatus.FINISHED
+    return handle
+
+
+@pytest.mark.parametrize("style", ["plain", "async"])
+def test_a_handle_of_the_first_life_speaks_of_the_last(bench: Bench, style: str) -> None:
+    handle = third_life(bench, style)
+    assert (handle.status(), handle.state()) == (FlowStatus.WAITING, {"life": 3})
+    assert (handle.get().id, handle.get().state_json) == (handle.id, {"life": 1})
+    with pytest.raises(ResultTimedOut):
+        handle.result(0)
+    assert handle.approve("end", by="ann")
+    bench.work()
+    assert handle.result(0) == "ann"
+    assert handle.status() is FlowStatus.FINISHED
+
+
+@pytest.mark.parametrize("style", ["plain", "async"])
+def test_a_cancel_by_a_handle_of_the_first_life_cancels_the_last(bench: Bench, style: str) -> None:
+    handle = third_life(bench, style)
+    handle.cancel()
+    bench.work()
+    with pytest.raises(FlowCancelled):
+        handle.result(0)
+    with pytest.raises(AlreadyTerminal):
+        handle.cancel()
+
+
+def test_an_awaited_handle_of_the_first_life_speaks_of_the_last(bench: Bench) -> None:
+    handle = third_life(bench)
+
+    async def cancel() -> None:
+        assert await handle.astatus() is FlowStatus.WAITING
+        with pytest.raises(ResultTimedOut):
+            await handle.aresult(0)
+        await handle.acancel()
+        await asyncio.to_thread(bench.work)
+        assert await handle.astatus() is FlowStatus.CANCELLED
+        with pytest.raises(FlowCancelled):
+            await handle.aresult(0)
+
+    asyncio.run(cancel())
+    again = asyncio.run(handle.aretry())
+    again.approve("end", by="ann")
+    assert bench.finish(again) == "ann"
+
+
+def test_the_last_life_is_paused_and_resumed(bench: Bench) -> None:
+    handle = third_life(bench)
+    handle.pause()
+    last = lives(bench, handle.id)[-1]
+    assert last.paused_at is not None
+    handle.unpause()
+    handle.resume({"granted": True, "by": "hand", "at": "2026-01-31T08:00:00Z"})
+    bench.work()
+    assert handle.result(0) == "hand"
+
+
+def test_a_cancel_in_the_callers_transaction_is_of_the_last_life(bench: Bench) -> None:
+    handle = third_life(bench)
+    with bench.store.engine.begin() as connection:
+        handle.cancel(session=connection)
+    bench.sweep()
+    bench.work()
+    assert handle.status() is FlowStatus.CANCELLED
+
+
+def test_a_life_that_begins_while_it_is_cancelled_is_the_one_that_is(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flow goes on as another between the look for the last life and the change."""
+
+    @bench.flows.flow("endless")
+    def endless(run: Run, number: int) -> None:
+        run.wait_for("next", "life")
+        run.restart_as(number + 1)
+
+    handle = endless.start(1)
+    bench.work()
+    request_cancel = FlowManager.request_cancel
+
+    def goes_on_first(manager: FlowManager, flow_id: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        bench.flows.emit("next", "life")
+        bench.work()
+        return request_cancel(manager, flow_id, **options)
+
+    monkeypatch.setattr(FlowManager, "request_cancel", goes_on_first)
+    handle.cancel()
+    bench.work()
+    first, second = lives(bench, handle.id)
+    assert (first.status, second.status) == (FlowStatus.FINISHED, FlowStatus.CANCELLED)
+
+
+def test_a_fork_is_of_the_history_that_the_handle_names(bench: Bench) -> None:
+    handle = counting(bench).start(1)
+    bench.work()
+    assert handle.fork(from_step="append").get().input_json == 1
+
+
+def test_who_is_not_there_is_not_found(bench: Bench) -> None:
+    handle = bench.flows.handle(UUID(int=7))
+    for ask in handle.status, handle.state, handle.cancel, handle.result:
+        with pytest.raises(FlowNotFound):
+            ask()

@@ -8,8 +8,20 @@ from uuid import UUID
 
 import pytest
 
-from celery_flows import AlreadyTerminal, Approval, FlowFailed, InvalidData, Run, WaitTimedOut
+from celery_flows import (
+    AlreadyTerminal,
+    Approval,
+    Decision,
+    FlowCancelled,
+    FlowFailed,
+    FlowStatus,
+    InvalidData,
+    Run,
+    WaitTimedOut,
+)
+from celery_flows.store import operations as op
 from tests.support.bench import Bench
+from tests.support.waiting import until
 
 
 def asking(bench: Bench) -> Any:
@@ -67,17 +79,45 @@ def test_a_flow_that_has_ended_cannot_be_approved(bench: Bench) -> None:
 
 
 def test_a_second_decision_of_one_name_answers_the_next_question_of_that_name(bench: Bench) -> None:
-    """It is not dropped, nor does it change the first answer: the flow may ask again."""
+    """It is not dropped, nor does it change the first answer: the flow may ask again. Who gives it is told."""
 
     @bench.flows.flow("asks twice")
     def asks_twice(run: Run) -> list[str]:
         return [run.approval("expense").by, run.approval("expense").by]
 
     handle = asks_twice.start()
+    assert not handle.approve("expense", by="eve"), "nobody asks yet"
     bench.work()
-    handle.approve("expense", by="ann")
-    handle.approve("expense", by="bob")
-    assert bench.finish(handle) == ["ann", "bob"]
+    assert handle.approve("expense", by="ann")
+    assert not handle.approve("expense", by="bob"), "it has its answer"
+    assert bench.finish(handle) == ["eve", "ann"]
+
+
+def test_who_decides_second_of_several_is_told(bench: Bench) -> None:
+    @bench.flows.flow("asks two")
+    def asks_two(run: Run) -> str:
+        which = run.first(manager=Decision("manager"), finance=Decision("finance")).which
+        run.wait_for("go", "on")
+        return which
+
+    handle = asks_two.start()
+    bench.work()
+    assert handle.approve("finance", by="ann")
+    bench.work()
+    assert not handle.reject("manager", by="bob")
+    bench.flows.emit("go", "on")
+    assert bench.finish(handle) == "finance"
+
+
+def test_in_a_transaction_a_decision_is_told_how_it_looks_before_the_commit(bench: Bench) -> None:
+    handle = asking(bench).start()
+    bench.work()
+    with bench.store.engine.begin() as connection:
+        assert handle.approve("expense", by="ann", session=connection)
+        assert not handle.approve("expense", by="bob", session=connection), "the other comes first"
+        assert not handle.approve("holiday", by="bob", session=connection)
+    bench.sweep()
+    assert bench.finish(handle).by == "ann"
 
 
 @pytest.mark.parametrize(("name", "by", "field"), [("", "ann", "approval"), ("expense", "", "by")])
@@ -134,6 +174,82 @@ def test_a_paused_flow_is_not_driven_until_it_is_unpaused(bench: Bench) -> None:
     assert bench.effects == ["one", "two"]
     with pytest.raises(AlreadyTerminal):
         handle.pause()
+
+
+@pytest.mark.parametrize("works", [True, False], ids=["at its work", "at rest"])
+def test_a_cancel_reaches_a_paused_flow_and_has_it_clean_up(bench: Bench, works: bool) -> None:
+    pause = bench.flows.manager.pause
+
+    @bench.flows.flow("paused")
+    def paused(run: Run) -> None:
+        run.on_failure(bench.effects.append, "undone")
+        run.step(bench.effects.append, "one")
+        if works:
+            run.step(lambda: pause(run.flow_id).revision)
+        run.wait_for("go", "on")
+
+    handle = paused.start()
+    bench.work()
+    if not works:
+        pause(handle.id)
+    handle.cancel()
+    with pytest.raises(FlowCancelled):
+        bench.finish(handle)
+    assert bench.effects == ["one", "undone"]
+
+
+def test_a_cancel_comes_before_a_pause_that_comes_later(bench: Bench) -> None:
+    @bench.flows.flow("cleans up")
+    def cleans_up(run: Run) -> None:
+        try:
+            run.wait_for("go", "on")
+        except FlowCancelled:
+            run.step(lambda: bench.flows.manager.pause(run.flow_id).revision)
+            run.step(bench.effects.append, "cleaned up")
+            raise
+
+    handle = cleans_up.start()
+    bench.work()
+    handle.cancel()
+    handle.pause()
+    bench.work()
+    assert (handle.status(), bench.effects) == (FlowStatus.CANCELLED, ["cleaned up"])
+
+
+def test_a_paused_child_does_not_keep_its_parent_from_being_cancelled(bench: Bench) -> None:
+    @bench.flows.flow("child")
+    def child(run: Run) -> None:
+        run.wait_for("go", "on")
+
+    @bench.flows.flow("parent")
+    def parent(run: Run) -> None:
+        run.flow(child)
+
+    handle = parent.start()
+    bench.work()
+    [found] = bench.flows.search(definition="child")
+    bench.flows.manager.pause(found.id)
+    handle.cancel()
+    with pytest.raises(FlowCancelled):
+        bench.finish(handle)
+
+
+def test_the_deadline_of_a_paused_flow_waits(bench: Bench) -> None:
+    @bench.flows.flow("late", timeout=timedelta(milliseconds=1))
+    def late(run: Run) -> None:
+        run.step(bench.effects.append, "never")
+
+    handle = late.start()
+    bench.flows.manager.pause(handle.id)
+    deadline = handle.get().deadline_at
+    assert deadline is not None
+    until(lambda: bench.store.run(op.now) > deadline, "the deadline passes")
+    bench.drive(handle.id)
+    assert handle.status() is FlowStatus.CREATED
+    handle.unpause()
+    with pytest.raises(FlowFailed, match="FlowTimedOut"):
+        bench.finish(handle)
+    assert bench.effects == []
 
 
 # ---- progress -------------------------------------------------------------------------------------------------------

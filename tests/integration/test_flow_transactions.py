@@ -18,6 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Session
 from celery_flows import (
     FlowFailed,
     FlowNotFound,
+    FlowStatus,
     InvalidData,
     Retry,
     RevisionMismatch,
@@ -327,3 +328,58 @@ def test_a_result_is_read_while_its_rows_are_there(bench: Bench) -> None:
         return run.transaction(read)
 
     assert bench.finish(flow.start()) == AccountOut(name="a", cents=100)
+
+
+def test_what_a_transaction_starts_and_emits_is_told_once_it_has_committed(bench: Bench) -> None:
+    """Nobody else sees it before; and under SQLite whoever hands an event over would wait for this very transaction."""
+    sent_before: list[str] = []
+
+    @bench.flows.flow("waiting")
+    def waiting(run: Run) -> Any:
+        return run.wait_for("told", "a")
+
+    def tell(session: Session) -> None:
+        bench.flows.emit("told", "a", "yes", session=session)
+        waiting.start(key="another", session=session)
+        session.commit()
+        sent_before.extend(message.id for message in bench.messages())
+
+    @bench.flows.flow("telling")
+    def telling(run: Run) -> None:
+        run.transaction(tell)
+
+    waiter, teller = waiting.start(), telling.start()
+    bench.drive(waiter.id)
+    bench.messages()
+    began = time.monotonic()
+    bench.drive(teller.id)
+    assert time.monotonic() - began < 10  # it was a busy timeout's many tries
+    another = waiting.start(key="another")
+    assert sent_before == []
+    assert {message.id for message in bench.messages()} >= {str(another.id)}
+    assert bench.finish(waiter) == "yes"
+
+
+def test_what_a_transaction_rolls_back_is_never_told(bench: Bench) -> None:
+    @bench.flows.flow("started")
+    def started(run: Run) -> None: ...
+
+    def begin(session: Session) -> None:
+        started.start(session=session)
+        session.rollback()
+
+    def fail(session: Session) -> None:
+        started.start(session=session)
+        raise LookupError
+
+    @bench.flows.flow("starting")
+    def starting(run: Run) -> None:
+        run.transaction(begin)
+        with suppress(StepFailed):
+            run.transaction(fail)
+
+    handle = starting.start()
+    bench.messages()
+    bench.drive(handle.id)
+    assert (handle.status(), bench.messages()) == (FlowStatus.FINISHED, [])
+    assert bench.flows.search(definition="started") == []

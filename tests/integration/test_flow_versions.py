@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 import pytest
 
-from celery_flows import FlowStatus, HistoryMismatch, InvalidData, Run
+from celery_flows import FlowHandle, FlowStatus, FlowStepStatus, HistoryMismatch, InvalidData, Run
+from celery_flows.store import dispatch
+from celery_flows.store.changes import Completion
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
 
@@ -132,6 +135,112 @@ def test_a_step_that_is_added_after_those_recorded_is_no_mismatch(make_bench: Ma
     after.flows.flow("grows")(longer)
     after.flows.emit("go", "on")
     assert after.finish(after.flows.handle(handle.id)) == "end"
+
+
+def undoing(bench: Bench, *steps: str) -> Any:
+    """A function that takes these steps, waits, and undoes them."""
+
+    def function(run: Run) -> None:
+        run.on_failure(bench.effects.append, "undone")
+        for step in steps:
+            run.options(name=step).step(bench.effects.append, step)
+        run.wait_for("go", "on")
+
+    return function
+
+
+def refused(before: Bench, changed: Bench) -> FlowHandle[Any]:
+    """A flow that waits in one application, and as another has it that has just met it."""
+    handle = before.flows.flow("grows")(undoing(before, "one")).start()
+    before.work()
+    changed.flows.flow("grows")(undoing(changed, "two"))
+    changed.call_driver(handle.id)
+    changed.work()
+    assert handle.get().error_json is not None
+    return changed.flows.handle(handle.id)
+
+
+def test_a_flow_that_is_refused_is_cancelled_without_its_cleanup_and_says_so(
+    make_bench: MakeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, changed = make_bench(), make_bench()
+    handle = refused(before, changed)
+    handle.cancel()
+    changed.work()
+    flow = handle.get()
+    assert (flow.status, flow.error_json and flow.error_json["type"]) == (FlowStatus.CANCELLED, "HistoryMismatch")
+    [told] = [event for event in changed.store.list_events(flow.id) if event.kind == "cancelled"]
+    assert told.payload_json["cleaned_up"] is False
+    assert "is cancelled without its cleanup" in caplog.text
+    assert (before.effects, changed.effects) == (["one"], [])
+    changed.audit()
+
+
+def test_a_cancel_that_meets_the_wrong_worker_first_leaves_the_cleanup_to_the_right_one(make_bench: MakeBench) -> None:
+    before, changed = make_bench(), make_bench()
+    handle = before.flows.flow("grows")(undoing(before, "one")).start()
+    before.work()
+    changed.flows.flow("grows")(undoing(changed, "two"))
+    handle.cancel()
+    changed.work()
+    assert handle.status() is FlowStatus.WAITING
+    before.pass_time()
+    before.work()
+    assert (handle.status(), before.effects) == (FlowStatus.CANCELLED, ["one", "undone"])
+
+
+def test_a_cancel_that_comes_while_a_flow_is_refused_is_not_left_for_ten_minutes(make_bench: MakeBench) -> None:
+    before, changed = make_bench(), make_bench()
+    handle = before.flows.flow("grows")(undoing(before, "one")).start()
+    before.work()
+
+    def comes_late(run: Run) -> None:
+        if not handle.get().cancel_requested:
+            handle.cancel()
+        run.step(str.upper, "two")
+
+    changed.flows.flow("grows")(comes_late)
+    changed.call_driver(handle.id)
+    changed.drive(handle.id)
+    assert handle.status() is FlowStatus.CANCELLED
+
+
+def test_what_a_refused_flow_has_out_is_waited_for_before_it_is_cancelled(make_bench: MakeBench) -> None:
+    """A step that somebody runs is recorded, one that nobody has begun is not run, a child cleans up."""
+    before, changed = make_bench(), make_bench()
+    for bench in before, changed:
+        bench.flows.flow("child")(undoing(bench, "child"))
+
+    @before.task("label")
+    def label(number: int) -> None: ...
+
+    def gathers(run: Run) -> None:
+        child = before.flows.runtime.registry.require("child")
+        run.gather([*(label.s(number) for number in (1, 2)), child.s()])
+
+    handle = before.flows.flow("grows")(gathers).start()
+    before.drive(handle.id)
+    [running, idle] = [run_id for kind, run_id in before.claimable() if kind == "step"]
+    [child] = [run_id for kind, run_id in before.claimable() if kind == "drive"]
+    before.drive(UUID(child))
+    claim = before.store.run(dispatch.claim_step, running, "somebody", 30.0)
+    assert claim is not None
+    changed.flows.flow("grows")(undoing(changed, "two"))
+    changed.call_driver(handle.id)
+    changed.drive(handle.id)
+    handle.cancel()
+    changed.drive(handle.id)
+    assert handle.status() is FlowStatus.RUNNING
+    done = Completion(claim.holder, handle.id, FlowStepStatus.SUCCEEDED)
+    assert changed.store.run(dispatch.complete_step, done) is not None
+    changed.sweep()
+    changed.work()
+    changed.sweep()
+    changed.work()
+    steps = {step.run_id: step.status for step in changed.store.list_steps(handle.id)}
+    assert (steps[running], steps[idle]) == (FlowStepStatus.SUCCEEDED, FlowStepStatus.CANCELLED)
+    assert (handle.status(), changed.flows.handle(UUID(child)).status()) == (FlowStatus.CANCELLED,) * 2
+    assert "undone" in changed.effects
 
 
 def test_a_flow_that_is_refused_can_be_ended_by_hand(make_bench: MakeBench) -> None:

@@ -400,6 +400,46 @@ def test_a_flow_that_cleaned_up_is_not_retried_but_forked(bench: Bench, shop: Sh
         handle.fork(from_step="undone")
 
 
+@pytest.mark.parametrize("how", ["here", "elsewhere"])
+def test_nor_is_one_that_undid_before_it_failed(bench: Bench, shop: Shop, how: str) -> None:
+    """What was undone would be read back as done."""
+
+    @bench.flows.flow("undoes by hand")
+    def flow(run: Run) -> None:
+        run.step(shop.note, "booked")
+        run.on_failure(shop.note if how == "here" else shop.task, "cancelled")
+        try:
+            run.step(shop.note, "broken")
+        except StepFailed:
+            run.undo()
+            raise
+
+    shop.fails = {"broken"}
+    handle = flow.start()
+    fail(bench, handle)
+    with pytest.raises(IllegalTransition, match="it has cleaned up"):
+        handle.retry()
+
+
+def test_one_that_undid_and_went_on_is_retried(bench: Bench, shop: Shop) -> None:
+    @bench.flows.flow("goes on")
+    def flow(run: Run) -> str:
+        run.step(shop.note, "booked")
+        run.on_failure(shop.note, "cancelled")
+        try:
+            run.step(shop.note, "broken")
+        except StepFailed:
+            run.undo()
+        return run.step(shop.note, "another way")
+
+    shop.fails = {"broken", "another way"}
+    handle = flow.start()
+    fail(bench, handle)
+    shop.fails = set()
+    assert bench.finish(handle.retry()) == "another way done"
+    assert shop.ran() == ["booked", "broken", "cancelled", "another way", "another way"]
+
+
 def test_neither_is_one_whose_failure_was_undone(bench: Bench, shop: Shop) -> None:
     @bench.flows.flow("undoes")
     def flow(run: Run) -> None:
@@ -780,7 +820,8 @@ def test_no_step_is_run_twice_under_a_fault_at_every_call(make_bench: MakeBench,
 
 
 def _dies_before_it_is_made(struck: str, strikes: Strikes) -> bool:
-    dies = {"read_origin": (Strikes.BEFORE, Strikes.AFTER), "create_taking_over": (Strikes.BEFORE,)}
+    reading = (Strikes.BEFORE, Strikes.AFTER)
+    dies = {"get_last_life": reading, "read_origin": reading, "create_taking_over": (Strikes.BEFORE,)}
     return strikes in dies.get(struck, ())
 
 
@@ -862,11 +903,14 @@ def test_a_flow_that_goes_back_is_under_the_limit_of_its_definition(bench: Bench
     assert bench.finish(again) == "once done"
 
 
-def test_what_came_first_is_taken_over(bench: Bench, shop: Shop) -> None:
+@pytest.mark.parametrize("which", [0, "paid"])
+def test_what_came_first_is_taken_over(bench: Bench, shop: Shop, which: int | str) -> None:
     @bench.flows.flow("chooses")
     def chooses(run: Run) -> list[Any]:
-        which, payload = run.first([Event("paid", "o1"), Timer(timedelta(hours=1)), shop.task.s("beside")])
-        return [which, payload, run.step(shop.note, "after")]
+        members: list[Any] = [Event("paid", "o1"), Timer(timedelta(hours=1)), shop.task.s("beside")]
+        named = dict(zip(("paid", "late", "beside"), members, strict=True))
+        first = run.first(members) if which == 0 else run.first(**named)
+        return [*first, run.step(shop.note, "after")]
 
     shop.fails |= {"after", "beside"}
     bench.flows.emit("paid", "o1", 5)
@@ -874,8 +918,8 @@ def test_what_came_first_is_taken_over(bench: Bench, shop: Shop) -> None:
     bench.work()
     assert handle.status() is FlowStatus.FAILED
     shop.fails.clear()
-    assert bench.finish(handle.retry()) == [0, 5, "after done"]
-    assert bench.finish(handle.fork(from_step="note")) == [0, 5, "after done"]
+    assert bench.finish(handle.retry()) == [which, 5, "after done"]
+    assert bench.finish(handle.fork(from_step="note")) == [which, 5, "after done"]
     assert shop.ran() == ["beside", "after", "after", "after"]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from celery_flows import FlowCancelled, FlowFailed, Permanent
 from celery_flows.store import FlowStatus
 from celery_flows.store.engines import make_async_engine
 from celery_flows.store.tables import flow_inbox, flows
+from celery_flows.tasks import maintenance
 from tests.support.bench import Bench
 from tests.support.waiting import until
 
@@ -79,11 +81,21 @@ class Gateway:
         return f"paid {cents}"
 
 
+class Exporter:
+    """What says of a job, one after the other, these."""
+
+    def __init__(self) -> None:
+        self.states: list[str] = []
+
+    def state(self, job: str) -> str:
+        return self.states.pop(0)
+
+
 class Book:
     """The pages' surroundings: what their code calls and does not define."""
 
     def __init__(self, bench: Bench) -> None:
-        self.bench, self.gateway = bench, Gateway()
+        self.bench, self.gateway, self.exporter = bench, Gateway(), Exporter()
 
         @bench.task("shop.charge")
         def charge(order_id: str, cents: int) -> str:
@@ -110,7 +122,8 @@ class Book:
             "app": SimpleNamespace(task=lambda function: bench.task(function.__name__)(function)),
             "flows": bench.flows, "timedelta": timedelta, "datetime": datetime, "date": date,
             "UTC": UTC, "BaseModel": BaseModel, "Session": Session, "text": sa.text, "CardDeclined": CardDeclined,
-            "gateway": self.gateway, "charge": charge, "weigh": weigh, "book": book, "quote": book,
+            "gateway": self.gateway, "exporter": self.exporter, "suppress": suppress, "charge": charge,
+            "weigh": weigh, "book": book, "quote": book,
             "reserve": lambda order_id: 3, "measure": lambda: 17, "render": lambda name: time.sleep(10),
             "mail": SimpleNamespace(send=self.noted("send")), "__name__": "page",
         }  # fmt: skip
@@ -148,6 +161,16 @@ def guide(book: Book, page: str) -> Any:
     return book.open(page)
 
 
+@reads("retention")
+def test_flows_are_kept_as_long_as_they_say(bench: Bench, book: Book, page: str, tmp_path: Path) -> None:
+    uploaded: list[str] = []
+    guide = book.open(page, folder=tmp_path, uploaded=uploaded)
+    bench.finish(guide.heartbeat.start())
+    bench.finish(guide.invoice.start("order-1"))
+    assert maintenance.prune(bench.runtime, 0) == 1
+    assert [json.loads(line)["flow"]["controller_id"] for line in uploaded] == ["shop/heartbeat"]
+
+
 @reads("index")
 def test_the_first_flow(guide: Any) -> None:
     assert guide.handle.result(0) == "3 boxes, paid 3600 for order-1"
@@ -169,8 +192,9 @@ def test_results_are_read_back_as_what_they_were(bench: Bench, guide: Any) -> No
 def test_paying_is_tried_again_but_not_with_a_declined_card(bench: Bench, guide: Any) -> None:
     assert bench.finish(guide.pay.start(5)) == "file_away paid 5"
     guide.gateway.errors = [CardDeclined("no")]
-    with pytest.raises(FlowFailed, match="CardDeclined"):
-        bench.finish(guide.pay.start(5))
+    declined = guide.pay.start(5)
+    bench.work()
+    assert guide.outcome(declined) == "charge_card: CardDeclined"
     guide.gateway.errors = [ConnectionError("away")]
     handle = guide.pay.start(5)
     assert bench.finish(handle) == "file_away paid 5"
@@ -206,7 +230,23 @@ def test_time_events_and_people_are_waited_for(bench: Bench, guide: Any) -> None
 @reads("waits")
 def test_who_does_not_decide_is_reminded(bench: Bench, guide: Any) -> None:
     assert bench.finish(guide.insist.start("bob")) == "nobody"
-    assert bench.effects == ["remind bob"] * 3
+    assert bench.effects == ["remind bob"] * 2
+    decided = guide.insist.start("bob")
+    decided.approve("expense", by="bob")
+    assert bench.finish(decided) == "bob"
+
+
+@reads("waits")
+@pytest.mark.parametrize(
+    ("flow", "steps"), [("watch", ["state", "sleep"] * 2 + ["state"]), ("await_export", ["outcome"])]
+)
+def test_a_job_is_looked_at_until_it_has_ended(
+    bench: Bench, book: Book, guide: Any, flow: str, steps: list[str]
+) -> None:
+    book.exporter.states = ["running", "running", "ready"]
+    handle = getattr(guide, flow).start("job")
+    assert bench.finish(handle) == "ready"
+    assert [step.task for step in bench.store.list_steps(handle.id)] == steps
 
 
 @reads("fan-out")
@@ -221,7 +261,7 @@ def test_payment_a_decision_or_a_time_is_awaited(bench: Bench, guide: Any) -> No
     bench.work()
     bench.flows.emit("payment", "a", {"cents": 5})
     free.approve("for free", by="ann")
-    assert [bench.finish(handle) for handle in (paid, free)] == ["paid", "for free"]
+    assert [bench.finish(handle) for handle in (paid, free)] == ["paid 5", "free"]
 
 
 @reads("fan-out")
@@ -244,14 +284,13 @@ def test_a_seat_is_released_by_a_cancel(bench: Bench, guide: Any) -> None:
 
 
 @reads("cancel-and-pause")
-def test_what_is_paused_waits_even_with_its_cancel(bench: Bench, guide: Any) -> None:
+def test_what_is_paused_waits_but_for_its_cancel(bench: Bench, guide: Any) -> None:
     assert bench.finish(guide.paused) == 2
     handle = guide.import_rows.start(["c"])
     handle.pause()
-    handle.cancel()
     bench.drive(handle.id)
     assert handle.status() is FlowStatus.CREATED
-    handle.unpause()
+    handle.cancel()
     bench.work()
     assert handle.status() is FlowStatus.CANCELLED
     assert "insert_row c" not in bench.effects
@@ -263,6 +302,22 @@ def test_a_trip_is_booked_or_undone(bench: Bench, guide: Any) -> None:
     with pytest.raises(FlowFailed):
         bench.finish(guide.book_trip.start("nowhere"))
     assert bench.effects[-2:] == ["cancel_flight book_flight nowhere", "cancel_hotel book_hotel nowhere"]
+
+
+@reads("sagas")
+def test_an_undo_is_tried_for_longer_than_its_step(bench: Bench, book: Book, page: str) -> None:
+    refusals = [LookupError()] * 2
+
+    def cancel_hotel(trip: str) -> None:
+        if refusals:
+            raise refusals.pop()
+
+    handle = book.open(page, cancel_hotel=cancel_hotel).book_surely.start(["there", "nowhere"])
+    with pytest.raises(FlowFailed) as failed:
+        bench.finish(handle, seconds=30)
+    assert failed.value.undo_failed == ()
+    steps = [(step.task, step.status, step.attempt) for step in bench.store.list_steps(handle.id)]
+    assert steps[-2:] == [("nowhere", "succeeded", 3), ("there", "succeeded", 1)]
 
 
 @reads("sagas")
@@ -294,6 +349,9 @@ def test_a_meter_is_read_through_its_lives(bench: Bench, guide: Any) -> None:
             bench.flows.handle(flow.id).resume()
     assert handle.result(0) == 102
     assert handle.get().continued_as is not None
+    assert guide.is_read(handle)
+    assert guide.history_of(handle)[0].kind == "continued"
+    assert bench.flows.search(key="meter 1")
 
 
 @reads("versions")

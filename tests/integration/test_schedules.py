@@ -14,7 +14,7 @@ from celery_flows import Flows, FlowStatus, InvalidData, Run
 from celery_flows.store import operations as op
 from celery_flows.store import schedules
 from celery_flows.store.tables import flow_heartbeats, flows
-from celery_flows.tasks import slots
+from celery_flows.tasks import runtime, slots
 from tests.integration.conftest import MakeBench
 from tests.integration.test_engine_app import OUR_ENTRIES, shop
 from tests.support.bench import Bench
@@ -30,14 +30,19 @@ def hourly(bench: Bench, **options: Any) -> Any:
     def hourly(run: Run, slot: datetime) -> datetime:
         return run.step(_same, slot)
 
+    looked_before(bench)
+    return hourly
+
+
+def looked_before(bench: Bench) -> None:
+    """Has somebody look at the schedule for the first time."""
     at = bench.store.run(op.now)
-    told = {"slot": at.isoformat(), "flow_id": None}
+    told = {"slot": at.isoformat(), "flow": None}
     with bench.store.engine.begin() as connection:
         connection.execute(sa.delete(flow_heartbeats).where(ROW))
         connection.execute(
             sa.insert(flow_heartbeats).values(name="schedule hourly", at=at, every_seconds=0.0, report=told)
         )
-    return hourly
 
 
 def hourly_with(bench: Bench, catch_up: str) -> Any:
@@ -95,7 +100,7 @@ def test_a_slot_starts_one_flow_with_the_slot_as_its_input(bench: Bench) -> None
 
 def test_whoever_looks_too_early_has_the_flow_begin_at_its_slot(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     hourly(bench)
-    monkeypatch.setattr(slots, "AHEAD", HOUR)
+    monkeypatch.setattr(runtime, "AHEAD", HOUR)
     bench.messages()
     assert (look(bench), look(bench)) == (1, 1)
     [flow] = started(bench)
@@ -196,6 +201,34 @@ def test_a_slot_may_wait_for_the_flow_of_the_one_before(bench: Bench, catch_up: 
     assert (waits_by.schedule.overlap, begun) == ("wait", ages)
 
 
+@pytest.mark.parametrize("overlap", ["skip", "wait"])
+def test_a_flow_that_has_gone_on_as_another_is_open_until_that_one_ends(bench: Bench, overlap: Any) -> None:
+    """Whatever has been pruned of its first lives."""
+
+    @bench.flows.flow("hourly", schedule=HOUR, overlap=overlap, catch_up="all")
+    def hourly(run: Run, slot: datetime) -> None:
+        if run.approval("what next").granted:
+            run.restart_as(slot)
+
+    looked_before(bench)
+    last_looked(bench, 3 * HOUR)
+    assert look(bench) == 1
+    bench.work()
+    handle = bench.flows.handle(started(bench)[0].id)
+    handle.approve("what next", by="ann")
+    bench.work()
+    with bench.store.engine.begin() as connection:
+        connection.execute(sa.delete(flows).where(flows.c.continued_as.isnot(None)))
+    last_looked(bench, 2 * HOUR)
+    assert look(bench) == 1
+    [last] = bench.flows.search(definition="hourly", status="waiting")
+    bench.flows.handle(last.id).reject("what next", by="ann")
+    bench.work()
+    last_looked(bench, 2 * HOUR)
+    assert look(bench) == 2
+    bench.work()
+
+
 def test_by_default_they_may_overlap(bench: Bench) -> None:
     hourly(bench, catch_up="all")
     last_looked(bench, 2 * HOUR)
@@ -265,3 +298,21 @@ def test_a_flow_with_a_schedule_takes_its_slot_or_nothing(bench: Bench) -> None:
 
         @bench.flows.flow("hourly", schedule=HOUR)
         def hourly(run: Run, n: int) -> None: ...
+
+
+def test_a_slot_that_is_made_up_for_has_its_whole_time(bench: Bench) -> None:
+    """Its deadline counted from the slot, and had passed before it was begun."""
+
+    @bench.flows.flow("nightly", schedule=timedelta(hours=4), timeout=timedelta(hours=1))
+    def nightly(run: Run, slot: datetime) -> str:
+        return run.step(str, "made")
+
+    at = bench.store.run(op.now)
+    seen = {"slot": (at - timedelta(hours=12)).isoformat(), "flow_id": None}
+    with bench.store.engine.begin() as connection:
+        row = {"name": "schedule nightly", "at": at, "every_seconds": 0.0, "report": seen}
+        connection.execute(sa.insert(flow_heartbeats).values(row))
+    assert slots.try_to_start(bench.runtime, nightly) == 1
+    bench.work()
+    [flow] = bench.flows.search()
+    assert (flow.status, flow.error_json) == (FlowStatus.FINISHED, None)

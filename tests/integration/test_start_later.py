@@ -240,3 +240,12 @@ def test_the_most_urgent_is_sent_first_as_the_broker_has_it(make_bench: MakeBenc
     assert bench.sweep().published == 3
     assert sent == order
     bench.work()
+
+
+def test_a_start_at_a_time_that_has_passed_has_its_whole_time(bench: Bench) -> None:
+    @bench.flows.flow("punctual", timeout=timedelta(hours=1))
+    def punctual(run: Run) -> str:
+        return run.step(str, "done")
+
+    handle = punctual.start(eta=bench.store.run(op.now) - timedelta(hours=2))
+    assert bench.finish(handle) == "done"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -45,6 +45,7 @@ from celery_flows.testing import (
     Stuck,
     assert_history,
     history,
+    most_at_once,
     open_flow_app,
     run_inline,
 )
@@ -339,10 +340,29 @@ def test_a_step_may_take_longer_than_its_lease(shop: Shop, flow_app: FlowApp, fl
 
 
 def test_time_does_not_go_back(flow_clock: FlowClock) -> None:
-    with pytest.raises(InvalidData, match="does not go back"):
-        flow_clock.advance(days=-1)
-    with pytest.raises(InvalidData, match="time zone"):
-        flow_clock.advance_to(datetime(2100, 1, 1))  # noqa: DTZ001
+    ways: list[Callable[[], None]] = [
+        lambda: flow_clock.advance(days=-1),
+        lambda: flow_clock.advance(timedelta(days=-1)),
+        lambda: flow_clock.advance_to(datetime(2020, 1, 1, tzinfo=UTC)),
+    ]
+    for go_back in ways:
+        with pytest.raises(InvalidData, match=r"does not go back, and it is \d{4}-.* reckon from flow_clock.now()"):
+            go_back()
+
+
+def test_a_time_that_is_none_is_told_what_is_meant(flow_clock: FlowClock) -> None:
+    clock: Any = flow_clock
+    wrong: list[tuple[Callable[[], None], str]] = [
+        (lambda: clock.advance(60), "takes a timedelta, or a number with its unit, as in seconds=60"),
+        (lambda: clock.advance(datetime(2100, 1, 1, tzinfo=UTC)), r"advance_to\(…\) takes a time"),
+        (lambda: clock.advance(day=1), "takes the units of timedelta, as in days=90"),
+        (lambda: clock.advance_to(timedelta(days=1)), r"takes a datetime, .* advance\(…\) takes how long"),
+        (lambda: clock.advance_to(datetime(2100, 1, 1)), "time zone"),  # noqa: DTZ001
+        (lambda: clock.move_to(datetime(2100, 1, 1)), "time zone"),  # noqa: DTZ001
+    ]
+    for said, told in wrong:
+        with pytest.raises(InvalidData, match=told):
+            said()
 
 
 # ---- crashes --------------------------------------------------------------------------------------------------------
@@ -416,9 +436,75 @@ def test_a_fault_that_did_not_happen_fails_the_test(
     shop.fulfil.start("o2").result()
 
 
+def test_a_name_that_is_mistyped_is_told_of_with_the_one_that_was_meant(shop: Shop, sqlite_url: str) -> None:
+    with open_flow_app(shop.app, sqlite_url) as flow_app:  # of the fixture's, pytest would be told the same
+        flow_app.crash.at("chrage")
+        flow_app.messages.drop("fullfil")
+        flow_app.crash.at("reserve", times=2)
+        shop.fulfil.start("o1").result()
+        flow_app.crash.at("reserve")
+        with pytest.raises(NeverStruck) as said:
+            flow_app.check_struck()
+    assert "flow_crash.at('chrage', when='during') (did you mean 'charge'?)" in str(said.value)
+    assert "flow_messages.drop('fullfil') (did you mean 'fulfil'?)" in str(said.value)
+    assert "'reserve'?" not in str(said.value)
+
+
+def test_faults_are_asked_for_by_name_and_number(
+    shop: Shop, flow_crash: FlowCrash, flow_messages: FlowMessages
+) -> None:
+    with pytest.raises(InvalidData, match=r"flow_crash\.at: takes a name, 'charge', not a"):
+        flow_crash.at(shop.charge)  # type: ignore[arg-type]
+    with pytest.raises(InvalidData, match=r"flow_messages\.drop: takes a name, 'fulfil', not a FlowDefinition"):
+        flow_messages.drop(shop.fulfil)  # type: ignore[arg-type]
+    for times in (0, -1, True):
+        with pytest.raises(InvalidData, match=r"flow_crash\.at: times is a whole number from 1"):
+            flow_crash.at("charge", times=times)
+        with pytest.raises(InvalidData, match=r"flow_messages\.duplicate: times is a whole number from 1"):
+            flow_messages.duplicate("charge", times=times)
+
+
 def test_a_crash_has_three_moments(flow_crash: FlowCrash) -> None:
     with pytest.raises(InvalidData, match="before, during, after"):
         flow_crash.at("charge", when="later")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("when", "times"), [("before", 1), ("during", 2), ("after", 1)])
+@pytest.mark.parametrize("name", ["pay", "shop.charge", "charge_card"])
+def test_a_tasks_body_as_a_plain_step_goes_by_either_name(
+    shop: Shop, flow_app: FlowApp, flow_crash: FlowCrash, name: str, when: Any, times: int
+) -> None:
+    @shop.app.task(name="shop.charge", shared=False, bind=True, autoretry_for=(ConnectionError,))
+    def charge_card(self: Any, cents: int) -> int:
+        return cents
+
+    @shop.flows.flow("charges")
+    def charges(run: Run) -> int:
+        step = run.options(name="pay") if name == "pay" else run
+        return int(step.step(charge_card.run, 5))
+
+    flow_crash.at(name, when=when)
+    assert charges.start().result() == 5
+    assert flow_app.ran == ["pay" if name == "pay" else "charge_card"] * times
+
+
+def test_a_plain_step_is_not_taken_for_a_task_whose_function_has_its_name(
+    shop: Shop, flow_app: FlowApp, flow_crash: FlowCrash
+) -> None:
+    @shop.app.task(name="shop.reserve", shared=False)
+    def reserve(order: str) -> int:
+        return 4
+
+    @shop.flows.flow("reserves")
+    def reserves(run: Run) -> list[int]:
+        return [run.step(shop.reserve, "o1"), run.step(reserve, "o1")]
+
+    flow_crash.at("shop.reserve", when="after")
+    handle = reserves.start()
+    flow_app.run()
+    assert handle.result() == [3, 4]
+    assert_history(handle, ["created", "started", "step_succeeded reserve", ..., "step_succeeded shop.reserve", ...])
+    assert flow_app.ran == ["reserve", "shop.reserve"]
 
 
 @pytest.mark.parametrize(("when", "times"), [("before", 1), ("during", 2), ("after", 1)])
@@ -469,6 +555,9 @@ def test_messages_can_be_looked_at(shop: Shop, flow_app: FlowApp, flow_messages:
     routed.start().result()
     sent = [(message.task, message.queue, message.priority) for message in flow_messages.sent]
     assert sent == [("routed", "slow", None), ("charge", "payments", 9), ("routed", "slow", None)]
+    shop.app.conf.task_default_queue = "by default"
+    shop.ship.start("o1")
+    assert flow_messages.sent[-1].queue == "by default"
 
 
 # ---- flows that do not end ------------------------------------------------------------------------------------------
@@ -573,6 +662,25 @@ def test_a_history_is_compared_line_by_line(shop: Shop, flow_app: FlowApp) -> No
     assert str(said.value).splitlines()[1:] == ["  created", "  started", "- step_succeeded pay", "+ waiting sleep"]
 
 
+@pytest.mark.parametrize("limit", [None, 1, 3])
+def test_it_can_be_told_how_many_members_were_out_at_once(
+    shop: Shop, flow_app: FlowApp, flow_clock: FlowClock, limit: int | None
+) -> None:
+    @shop.flows.flow("many")
+    def many(run: Run) -> None:
+        run.step(shop.charge, "o0", 1)
+        run.gather([shop.charge.s(f"o{number}", 1) for number in range(7)], limit=limit)
+        run.gather([shop.ship.s(f"o{number}") for number in range(7)], limit=limit)
+
+    handle = many.start()
+    flow_app.run()
+    assert most_at_once(handle, "ship") == (limit or 7)  # they are still out
+    assert handle.result() is None
+    assert [most_at_once(handle, name) for name in ("charge", "ship")] == [limit or 7] * 2
+    with pytest.raises(InvalidData, match="has had no step 'shop'; its steps are charge, ship"):
+        most_at_once(handle, "shop")
+
+
 # ---- without a store ------------------------------------------------------------------------------------------------
 
 
@@ -630,6 +738,19 @@ def test_inline_a_step_that_fails_raises_what_it_raises_live(shop: Shop) -> None
         run_inline(shop.fulfil, 5)  # type: ignore[misc]
 
 
+def test_inline_what_stands_in_for_nothing_is_told_of(shop: Shop) -> None:
+    """A mistyped name had the task itself run."""
+
+    def stub(*_: Any) -> str:
+        return "stub"
+
+    with pytest.raises(InvalidData, match=r"steps: 'chrage' \(did you mean 'charge'\?\) is no Celery task"):
+        run_inline(shop.fulfil, "o1", steps={"chrage": stub})
+    with pytest.raises(InvalidData, match=r"'reserve' is no Celery task .* plain functions are yours to patch"):
+        run_inline(shop.fulfil, "o1", steps={"reserve": stub})
+    assert run_inline(shop.ship, "o1", steps={"charge": stub}) == "shipped o1"  # not called this time
+
+
 def test_inline_says_what_it_cannot_do(shop: Shop) -> None:
     @shop.flows.flow("waits for ever")
     def waits(run: Run) -> None:
@@ -683,6 +804,23 @@ def test_afterwards_the_application_is_as_it_was(
     store = SqlFlowStore(make_engine(sqlite_url))
     assert store.run(op.now) - datetime.now(UTC) < timedelta(minutes=1)
     store.close()
+
+
+def test_what_is_set_after_the_kit_counts(shop: Shop, sqlite_url: str, tmp_path: Any) -> None:
+    """A test with real servers in the same process was told that its flow_store_url is not set."""
+    run_inline(shop.fulfil, "o1")
+    with open_flow_app(shop.app, sqlite_url) as flow_app:
+        assert shop.fulfil.start("o1").result() == [*PAID, None]
+        assert str(shop.app.timezone) == "UTC"
+        assert flow_app.messages.sent[0].queue == shop.app.main
+    url = f"sqlite:///{tmp_path}/another.sqlite"
+    shop.app.conf.update(
+        flow_store_url=url, flow_lease_seconds=5, task_routes={"charge": {"queue": "payments"}},
+        timezone="Europe/Berlin",
+    )  # fmt: skip
+    assert (shop.flows.settings.store_url, shop.flows.settings.lease_seconds) == (url, 5)
+    assert str(shop.app.timezone) == "Europe/Berlin"
+    assert shop.app.amqp.router.route({}, "charge")["queue"].name == "payments"
 
 
 def configured(app: Celery, how: str) -> Celery:

@@ -172,6 +172,29 @@ def test_what_is_missing_is_named(project: pytest.Pytester) -> None:
         ended.stdout.fnmatch_lines([f"*{told}"])
 
 
+def test_who_uses_flows_without_the_fixture_or_before_it_is_told_so(project: pytest.Pytester) -> None:
+    ended = run(
+        project,
+        """
+        import pytest
+        from shop import fulfil
+
+        def test_without():
+            fulfil.start("order-1")
+
+        @pytest.fixture
+        def started():
+            return fulfil.start("order-1")
+
+        def test_before(started, flow_app):
+            pass
+        """,
+    )
+    ended.assert_outcomes(failed=1, errors=1)
+    told = "E *In a test the fixture flow_app gives the store: ask for it, also in each fixture that has flows."
+    ended.stdout.fnmatch_lines([told, told])
+
+
 def test_flows_may_be_in_modules_that_celery_finds_by_itself(project: pytest.Pytester) -> None:
     project.mkpydir("parts")
     (project.path / "parts" / "app.py").write_text(

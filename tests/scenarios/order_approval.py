@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 
 from celery import Celery
@@ -46,9 +47,8 @@ def place(run: Run, order: str) -> str:
 def decided(run: Run, order: str) -> Approval | None:
     """What the manager says, if anything."""
     for number in range(REMINDERS + 1):
-        try:
+        if number:
+            run.step(remind, order, number)
+        with suppress(WaitTimedOut):
             return run.approval("manager", timeout=PATIENCE)
-        except WaitTimedOut:
-            if number < REMINDERS:
-                run.step(remind, order, number + 1)
     return None

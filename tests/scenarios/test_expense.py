@@ -25,7 +25,7 @@ def test_either_may_grant_it(flow_app: FlowApp, world: Outside, person: str) -> 
 def test_the_first_answer_counts(flow_app: FlowApp, world: Outside) -> None:
     handle = claim.start(EXPENSE)
     flow_app.run()
-    handle.reject("accountant", by="bob")
+    assert handle.reject("accountant", by="bob")
     flow_app.run()
     with pytest.raises(AlreadyTerminal):
         handle.approve("manager", by="ann")

@@ -33,8 +33,9 @@ def test_what_cannot_be_deposited_comes_back(flow_app: FlowApp, world: Outside) 
     world.refuse("deposit")
     with pytest.raises(FlowFailed) as failed:
         transfer.start(ORDER).result()
-    assert (failed.value.type, failed.value.undo_failed) == ("StepFailed", ())
-    assert "Refused" in failed.value.message
+    assert failed.value.cause is not None
+    assert (failed.value.cause.step, failed.value.cause.type) == ("deposit", "Refused")
+    assert failed.value.undo_failed == ()
     assert world.done == [OUT, BACK]
 
 

@@ -6,30 +6,18 @@ from collections import Counter
 
 import pytest
 
-from celery_flows import FlowStatus
-from celery_flows.testing import FlowApp, FlowClock, FlowCrash, FlowMessages, When
+from celery_flows.testing import FlowApp, FlowClock, FlowCrash, When, most_at_once
 from tests.scenarios.outside import Outside
-from tests.scenarios.sliding_window import AT_ONCE, flows, frame_all, print_all
+from tests.scenarios.sliding_window import AT_ONCE, frame_all, print_all
 
 PICTURES = [f"p{number:02}" for number in range(30)]
-OPEN = (FlowStatus.CREATED, FlowStatus.RUNNING, FlowStatus.WAITING)
 
 
-def test_a_few_tasks_are_out_at_a_time(
-    flow_app: FlowApp, flow_messages: FlowMessages, world: Outside, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out: list[int] = []
-    ask = world.ask
-
-    def noting(what: str, *, key: str = "") -> str:
-        sent = {message.run_id for message in flow_messages.sent if message.task == "pictures.print"}
-        out.append(len(sent) - len(out))
-        return ask(what, key=key)
-
-    monkeypatch.setattr(world, "ask", noting)
-    assert print_all.start(PICTURES).result() == []
+def test_a_few_tasks_are_out_at_a_time(flow_app: FlowApp, world: Outside) -> None:
+    handle = print_all.start(PICTURES)
+    assert handle.result() == []
     assert Counter(world.asked) == Counter(f"print {each}" for each in PICTURES)
-    assert max(out) == AT_ONCE
+    assert most_at_once(handle, "pictures.print") == AT_ONCE
 
 
 def test_what_fails_is_named_and_the_others_are_done(flow_app: FlowApp, world: Outside) -> None:
@@ -50,19 +38,17 @@ def test_a_crash_prints_nothing_twice(
 
 
 def test_a_few_child_flows_are_open_at_a_time(flow_app: FlowApp, flow_clock: FlowClock, world: Outside) -> None:
+    began = flow_clock.now()
     handle = frame_all.start(PICTURES)
-    flow_app.run()
-    most, began = 0, flow_clock.now()
-    while not handle.status().is_terminal:
-        children = flows.search(definition="pictures/frame", limit=100)
-        most = max(most, sum(child.status in OPEN for child in children))
-        flow_clock.advance(minutes=10)
-    assert handle.result(0) == [f"print {each}, dry" for each in PICTURES]
-    assert most == AT_ONCE
+    assert handle.result() == [f"print {each}, dry" for each in PICTURES]
+    assert most_at_once(handle, "pictures/frame") == AT_ONCE
     assert 6 <= (flow_clock.now() - began).total_seconds() / 3600 < 6.5
 
 
-def test_a_crash_in_a_child_prints_its_picture_once(flow_app: FlowApp, flow_crash: FlowCrash, world: Outside) -> None:
-    flow_crash.at("print_picture", when="after")
+@pytest.mark.parametrize("name", ["print_picture", "pictures.print"])
+def test_a_crash_in_a_child_prints_its_picture_once(
+    flow_app: FlowApp, flow_crash: FlowCrash, world: Outside, name: str
+) -> None:
+    flow_crash.at(name, when="after")
     assert len(frame_all.start(PICTURES).result()) == 30
     assert len(world.asked) == 30

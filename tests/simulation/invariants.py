@@ -20,6 +20,7 @@ BY_TOKEN = ("release", "renew", "hand_back_all")
 TAKES_OVER = ("sweep_due", "claim_drive", "claim_step")
 NO_MEMBERS = ("sleep", "wait_for topic", "flaky", "flaky_beside")  # steps that may be open and have no row of their own
 
+PAUSED = "(paused_at IS NOT NULL AND NOT cancel_requested)"  # nobody drives such a flow
 DISPATCH = (
     "run_id, flow_id, kind, task, worker, fence, wakes, due_at, publish_count, crash_count, open_members, join_group, "
     "join_good, join_bad, limit_key, has_slot, queued_at"
@@ -108,6 +109,8 @@ class Observer:
     # (6) nothing is written by a holder who is not the row's
     def _check_holder(self, actor: Actor, name: str, step: Call, before: Rows, now: Rows) -> None:
         if name == "change_flow":
+            if step.args[0].kind == "history_refused":  # nobody changes his code here; a cancel would hide it
+                raise Violation(f"{actor.name} comes to other steps than its history has")
             run_id = str(step.args[0].flow_id)
             if run_id in actor.claims and before[run_id]["fence"] != actor.claims[run_id]:
                 raise Violation(f"(6) {name} by {actor.name}, which was overtaken: {before[run_id]}")
@@ -217,7 +220,7 @@ class Observer:
             # Where a join is decided and members are left, the driver that rests has met it, and drains.
 
     def _waits(self, flow_id: str) -> bool:
-        waiting = "SELECT 1 FROM flows WHERE id = ? AND (status = 'waiting' OR paused_at IS NOT NULL)"
+        waiting = f"SELECT 1 FROM flows WHERE id = ? AND (status = 'waiting' OR {PAUSED})"
         return bool(self.rows(waiting, flow_id))
 
     # (9) the driver looks before it takes a timeout
@@ -280,7 +283,7 @@ class Observer:
             raise Violation(f"(13) more than {bounds.starts} of {key} began within its window: {starts}")
 
     def _is_paused(self, flow_id: str) -> bool:
-        return bool(self.rows("SELECT 1 FROM flows WHERE id = ? AND paused_at IS NOT NULL", flow_id))
+        return bool(self.rows(f"SELECT 1 FROM flows WHERE id = ? AND {PAUSED}", flow_id))
 
     # (8), (12): asked by the steps' bodies
     def begin_step(self, actor: Actor | None, flow_id: str, run_id: str, *, cleanup: bool = False) -> None:

@@ -147,7 +147,7 @@ MUTANTS = [
     # 9: cancelling and failing drain first
     Mutant("cleanup beside running members", Driver, "drain", nothing, ("gather fails",)),
     Mutant("a drain does not wait for who is running", Driver, "drain", p.drain_without_waiting, CANCELS),
-    Mutant("history is not read again after a drain", Driver, "read_history", p.history_once, CANCELS),
+    Mutant("history is not read again after a drain", Driver, "read_history", p.history_once, CANCELS, first_seed=600),
     Mutant("cleanup's members are cancelled too", gather_module, "member_of", p.never_cleanup, ("cancel cleanup",)),
     # 11: who holds a row; lost replies
     Mutant("a holder is known by its run id", dispatch, "_held", p.held_by_run_id, ("inline", *CANCELS)),
@@ -176,6 +176,8 @@ MUTANTS = [
     # Workers that stop
     Mutant("a worker that is to stop goes on", Driver, "_hand_over_to_another_worker", nothing, ("inline",)),
     Mutant("a hand-back counts as a crash", dispatch, "hand_back_all", p.count_as_crash, ("inline", *GATHERS)),
+    # Pauses
+    Mutant("a pause comes before a cancel", dispatch, "claim_drive", p.refuse_paused, ("cancel paused cleanup",)),
     # Interrupts
     Mutant("an interrupted step takes the interrupt's word", dispatch, "list_to_stop", p.stop_everything,
            ("interrupt gather by mistake",)),

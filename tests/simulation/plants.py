@@ -141,6 +141,16 @@ def zero(original: Any) -> Any:
 # ---- 2, 11: claims and holders --------------------------------------------------------------------------------------
 
 
+def refuse_paused(original: Any) -> Any:
+    """The claim of a flow that is paused, and to be cancelled."""
+
+    def mutated(conn: Connection, flow_id: Any, *args: Any, **kwargs: Any) -> Any:
+        paused = conn.scalar(sa.select(flows.c.paused_at).where(flows.c.id == flow_id))
+        return None if paused is not None else original(conn, flow_id, *args, **kwargs)
+
+    return like(original, mutated)
+
+
 def claim_what_is_free(original: Any) -> Any:
     return lambda at, worker, repeat: sa.or_(original(at, worker, repeat), _d.worker.is_(None))
 

@@ -273,7 +273,7 @@ def own_machine() -> Iterator[None]:
             patches.enter_context(patch.object(module, "boottime", boottime))
         tokens = SimpleNamespace(token_hex=lambda count: World.current.token_hex(count))
         patches.enter_context(patch.object(runtime_module, "secrets", tokens))
-        patches.enter_context(patch.object(flows.runtime, "ahead", Ahead()))
+        patches.enter_context(patch.object(flows.runtime, "ahead", {"step": Ahead(), "flow": Ahead()}))
         patches.enter_context(patch.object(flows.runtime, "pause", pass_time))
         patches.enter_context(patch.object(uuid_utils.compat, "uuid7", lambda: World.current.new_id()))
         yield

@@ -60,6 +60,12 @@ def _pause_a_while(handle: FlowHandle[Any]) -> None:
     flows.manager.unpause(handle.id)
 
 
+def _pause_and_cancel(handle: FlowHandle[Any]) -> None:
+    """Nobody lets it go on."""
+    flows.manager.pause(handle.id)
+    handle.cancel()
+
+
 ACTIONS: dict[str, Callable[[FlowHandle[Any]], object]] = {
     "cancel": lambda handle: handle.cancel(),
     "fail": lambda handle: flows.manager.fail(handle.id, "by hand"),
@@ -67,6 +73,7 @@ ACTIONS: dict[str, Callable[[FlowHandle[Any]], object]] = {
     "update": _update_often,
     "resume": lambda handle: handle.resume(),
     "pause": _pause_a_while,
+    "pause and cancel": _pause_and_cancel,
 }
 
 
@@ -416,6 +423,10 @@ SCENARIOS = [
     Scenario("update by hand", _with("update", defined.gather), may_lose=True),
     Scenario("resume by hand", _with("resume", defined.sleep), may_lose=True),
     Scenario("pause", _with("pause", defined.gather), may_lose=True),
+    Scenario("cancel paused cleanup", _with("pause and cancel", defined.cleanup), ends=ANY_END, check=_cleaned_up),
+    Scenario("cancel paused parent", _with("pause and cancel", defined.parent), ends=ANY_END),
+    Scenario("cancel paused event", _with("pause and cancel", defined.event), _emit_missing, ends=ANY_END),
+    Scenario("cancel paused limited", _with("pause and cancel", *LIMITED), ends=ANY_END),
     Scenario("one of two events", _emits_both, _emit_one, may_lose=True, check=_given_back),
     Scenario("one event", _emits(1, defined.event), _emit_missing, may_lose=True, check=_each_event_once),
     Scenario("event before the park", _emits_at_the_last_moment, _emit_missing, may_lose=True, check=_each_event_once),

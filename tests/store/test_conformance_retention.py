@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from celery_flows.store import FlowStatus, InvalidData
-from celery_flows.store import operations as op
+from celery_flows.store import FlowStatus, InvalidData, pruning
 from tests.support.samples import DAY, a_flow, a_step, ended, now
 from tests.support.shells import Shell
 
@@ -83,6 +82,6 @@ def test_prune_goes_on_batch_by_batch_past_what_it_must_leave(shell: Shell, monk
         for _ in range(7):
             caller.store.insert(ended(40))
         caller.commit()
-    monkeypatch.setattr(op.prune_batch, "__defaults__", (3,))
+    monkeypatch.setattr(pruning, "BATCH", 3)
     assert shell.store.prune_terminal_flows(30) == 7
     assert len(shell.store.list_by_status(FlowStatus.FINISHED)) == 5

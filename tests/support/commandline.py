@@ -66,8 +66,8 @@ class Project:
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
-    def on_terminal(self, *command: str, columns: int = 80) -> tuple[int, str]:
-        """Exit code and output of a command whose output is a terminal."""
+    def on_terminal(self, *command: str, columns: int = 80, typed: str = "") -> tuple[int, str]:
+        """Exit code and output of a command at a terminal, on which something was typed ahead."""
         master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         process = subprocess.Popen(
@@ -76,6 +76,7 @@ class Project:
         )  # fmt: skip
         os.close(slave)
         with os.fdopen(master, "rb", closefd=True) as screen:
+            os.write(master, typed.encode())
             shown = b"".join(iter(partial(_read, screen.fileno()), b""))
         return process.wait(RUN_SECONDS), shown.decode()
 

@@ -43,7 +43,7 @@ class Driving:
 
     def write(self, claim: DriveClaim, kind: str, columns: Mapping[str, Any], **more: Any) -> Flow:
         """One revision on top of the claim's."""
-        return self.store.change(Change(claim.flow.id, claim.flow.revision, kind, columns, **more))[0]
+        return self.store.change(Change(claim.flow.id, claim.flow.revision, kind, columns, **more)).flow
 
     def record(self, claim: DriveClaim, name: str = "reserve") -> Flow:
         """The outcome of a step that ran inline."""

@@ -10,6 +10,7 @@ import pytest
 
 from celery_flows import FlowSettings
 from celery_flows.tasks.settings import ENV_PREFIX
+from tests.support import cli_reference
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -56,6 +57,12 @@ def test_every_file_and_folder_that_the_readme_names_exists() -> None:
     made_by_the_reader = {"shop.py"}
 
     assert [name for name in set(named) - made_by_the_reader if not (ROOT / name).exists()] == []
+
+
+def test_the_page_of_the_command_line_has_every_command_option_and_shape() -> None:
+    listed = cli_reference.PAGE.read_text().partition(cli_reference.BEGIN)[2]
+
+    assert listed == cli_reference.rendered(), "run: python -m tests.support.cli_reference"
 
 
 def test_decisions_are_numbered_without_a_gap() -> None:

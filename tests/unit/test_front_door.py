@@ -40,6 +40,7 @@ PUBLIC = [
     "HistoryMismatch",
     "IllegalTransition",
     "InvalidData",
+    "JsonLinesFile",
     "KeyConflict",
     "Limit",
     "Permanent",

@@ -178,3 +178,27 @@ def test_slots_that_wait_are_made_up_for() -> None:
 def test_unknown_policies_are_refused(options: Any) -> None:
     with pytest.raises(InvalidData, match=r"flow nightly: \w+ must be one of "):
         made(DAILY, **options)
+
+
+# ---- the next one ---------------------------------------------------------------------------------------------------
+
+
+def test_the_next_slot_comes_after_the_moment() -> None:
+    assert made(DAILY).slot_after(SLOT - DAY, UTC) == SLOT
+    assert made(DAILY).slot_after(SLOT - MINUTE, UTC) == SLOT
+    assert made(3600).slot_after(SLOT, UTC) == SLOT + timedelta(hours=1)
+    leap_day = made(crontab(minute=0, hour=0, day_of_month=29, month_of_year=2))
+    assert leap_day.slot_after(NOW, UTC) == datetime(2028, 2, 29, tzinfo=UTC)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    minutes=parts, hours=hours, zone=st.sampled_from([UTC, BERLIN, NEW_YORK, LORD_HOWE, APIA]),
+    moment=st.datetimes(datetime(2024, 1, 1), datetime(2027, 1, 1)),  # noqa: DTZ001
+)  # fmt: skip
+def test_who_goes_from_slot_to_slot_comes_to_the_same_as_who_looks_back(
+    minutes: set[int], hours: Any, zone: Any, moment: datetime
+) -> None:
+    by = made(crontab(minute=sorted(minutes), hour=hours))
+    behind = list(islice(by.slots_before(moment.replace(tzinfo=UTC), zone), 60))[::-1]
+    assert [by.slot_after(slot, zone) for slot in behind[:-1]] == behind[1:]

@@ -27,6 +27,7 @@ BAD: dict[str, list[Any]] = {
     "mirror": ["perhaps", 7],
     "mirror_silent_seconds": [0, 10**9, SECRET],
     "retain_days": [-1, 10**6, SECRET],
+    "retain_failed_days": [-1, 10**6, SECRET],
     "imports": [7, [1, 2]],
     "metrics_port": [-1, 65_536, 1.5, SECRET],
     "metrics_address": [""],

@@ -7,7 +7,7 @@ from typing import assert_type
 
 from celery import Celery
 
-from celery_flows import AsyncRun, FlowDefinition, Flows, Run, StepFailed
+from celery_flows import AsyncRun, Decision, First, FlowDefinition, Flows, Run, StepFailed
 
 flows = Flows(Celery("typing", broker="memory://", set_as_current=False))
 
@@ -29,6 +29,8 @@ async def crawl(run: AsyncRun, url: str) -> list[int]:
     assert_type(await run.gather([partial(parse, 1)]), list[str])
     assert_type(await run.gather([partial(fetch, url)], return_exceptions=True), list[int | StepFailed])
     assert_type(await run.flow(count, url), int)
+    assert_type(await run.first([count.s(url)]), First[int, int])
+    assert_type(await run.first(one=count.s(url), other=count.s(url)), First[str, int])
     run.on_failure(fetch, url)
     await run.step(fetch, 3)  # type: ignore[call-overload]
     return [1]
@@ -44,6 +46,10 @@ def count(run: Run, url: str) -> int:
     assert_type(run.step(fetch, url, depth=2), int)
     assert_type(run.gather([partial(fetch, url)]), list[int])
     assert_type(run.gather([partial(parse, 1)]), list[str])
+    assert_type(run.first([count.s(url)]), First[int, int])
+    assert_type(run.first(one=count.s(url), other=count.s(url)), First[str, int])
+    assert_type(run.first(one=count.s(url), boss=Decision("boss")).which, str)
+    run.first([count.s(url)], one=count.s(url))  # type: ignore[call-overload]
     run.step(fetch, 3)  # type: ignore[call-overload]
     return 1
 
