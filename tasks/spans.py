@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 Carrier = dict[str, str]  # W3C trace context: traceparent, tracestate
 
 
+def trace_id(carrier: Carrier | None) -> str | None:
+    """The id that a trace is looked up by; None: there is none."""
+    _, _, rest = (carrier or {}).get("traceparent", "").partition("-")
+    return rest.partition("-")[0] or None
+
+
 class Starting:
     """The start of a flow, or of many; ``carrier`` is stored with them, for their runs to be children of."""
 
