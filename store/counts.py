@@ -1,7 +1,8 @@
 """What stands in the store, counted: for metrics.
 
 Nothing here reads what has ended. The cost follows the flows that are open and the work that is due, not the rows of
-the tables; whoever asks often is to keep the answer for a while.
+the tables; whoever asks often is to keep the answer for a while. For a person to look at there is statistics.py, whose
+figures stop at a bound; a curve needs the number, by definition.
 """
 
 from __future__ import annotations
