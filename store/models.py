@@ -122,6 +122,7 @@ class Flow(Record):
     finished_at: datetime | None = None  # set with every terminal status
     continued_as: UUID | None = None  # the flow that goes on for this one, with a fresh history
     forked_from: UUID | None = None  # the flow whose first steps this one has taken over
+    trace_json: dict[str, str] | None = None  # W3C trace context: what its runs are children of
 
     @field_validator("controller_id", "owner_session_key")
     @classmethod

@@ -85,7 +85,8 @@ def register(app: Celery, runtime: Runtime) -> None:
         """
         try:
             definition = runtime.registry.require(check_name("name", name))
-            return str(definition.start(input, **{"key": self.request.id, **_start_options(options)}).id)
+            with runtime.watch.spans.received(self.request):
+                return str(definition.start(input, **{"key": self.request.id, **_start_options(options)}).id)
         except (InvalidData, UnknownFlow) as error:
             log.error("a start is refused: %s", error)
             raise

@@ -43,13 +43,16 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
     due = partial(runtime.due_slots, schedule)
 
     def flow_at(slot: datetime, begins_at: datetime) -> tuple[Flow, Drive]:
-        flow = definition.new_flow(
-            deadline_at=None if definition.timeout is None else begins_at + definition.timeout,
-            owner_session_key="default",
-            requester_origin="schedule",
-            idempotency_key=f"slot {slot.isoformat()}",
-            input_json=definition.encoded_input(slot if definition.takes_input else None),
-        )
+        with runtime.watch.spans.starting(definition.name) as started:
+            flow = definition.new_flow(
+                deadline_at=None if definition.timeout is None else begins_at + definition.timeout,
+                owner_session_key="default",
+                requester_origin="schedule",
+                idempotency_key=f"slot {slot.isoformat()}",
+                input_json=definition.encoded_input(slot if definition.takes_input else None),
+                trace_json=started.carrier,
+            )
+            started.tell(flow.id)
         return flow, definition.drive_row(definition.limit_key(flow.input_json))
 
     seen = runtime.store.run(schedules.start_due, row_of(definition), due, flow_at, schedule.overlap)

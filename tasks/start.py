@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
 
 from celery_flows.store import InvalidData, SqlFlowStore, StartPending, StoreError, starts
 from celery_flows.store import operations as op
@@ -15,6 +16,7 @@ from celery_flows.store.dispatch import drive_hint
 from celery_flows.store.script import TRIES, Call, is_lock_timeout
 from celery_flows.store.validation import check_priority
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.spans import Starting
 from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
 if TYPE_CHECKING:
@@ -46,6 +48,21 @@ def start(
     session: Transaction | None,
 ) -> FlowHandle[Out]:
     """Stores the flow, and publishes its drive message after the commit. See :meth:`FlowDefinition.start`."""
+    with runtime.watch.spans.starting(definition.name) as started:
+        flow_id = _start(runtime, definition, input, key, options, session, started)
+        started.tell(flow_id)
+    return FlowHandle(runtime, flow_id, definition)
+
+
+def _start(
+    runtime: Runtime,
+    definition: FlowDefinition[Any, Any],
+    input: Any,
+    key: str | None,
+    options: Options,
+    session: Transaction | None,
+    started: Starting,
+) -> UUID:
     caller = None if session is None else transaction_of(session)
     store = runtime.store if caller is None else runtime.store.using(caller)
     encoded = definition.encoded_input(input)
@@ -56,6 +73,7 @@ def start(
         owner_session_key=options.owner,
         idempotency_key=key,
         input_json=encoded,
+        trace_json=started.carrier,
     )
     # Who holds the key is not waited for; a caller whose transaction this is goes on with it all the same.
     create = op.create_flow if key is None or caller is None else starts.create_flow_apart
@@ -67,10 +85,10 @@ def start(
             raise StartPending(definition.name, key) from error
         raise
     if not created:
-        return FlowHandle(runtime, store.run(starts.find_started, flow), definition)
+        return store.run(starts.find_started, flow)
     if drive.published:
         once_committed(caller, lambda: runtime.publisher.publish(drive_hint(flow.id, drive)))
-    return FlowHandle(runtime, flow.id, definition)
+    return flow.id
 
 
 def drive_row(

@@ -123,10 +123,12 @@ def start_many(
     store = runtime.store if caller is None else runtime.store.using(caller)
     called, told = drive_row(runtime, store, definition, options)
     new = [NewFlow(*item, drive=drive) for item, drive in zip(wanted.items, _drives(called, wanted), strict=True)]
-    template = wanted.template.but(deadline_at=deadline_of(store, definition, called))
+    deadline = deadline_of(store, definition, called)
     keyed = any(each.key is not None for each in new)
     try:
-        there = store.attempt(Call(starts.create_many, (template, told, new)), lock_tries=0 if keyed else TRIES)
+        with runtime.watch.spans.starting(definition.name) as started:
+            template = wanted.template.but(deadline_at=deadline, trace_json=started.carrier)
+            there = store.attempt(Call(starts.create_many, (template, told, new)), lock_tries=0 if keyed else TRIES)
     except StoreError as error:
         if keyed and is_lock_timeout(error.__cause__):
             raise StartPending(definition.name, None) from error

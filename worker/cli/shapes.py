@@ -41,6 +41,7 @@ class Flow(TypedDict):
     paused_at: Time | None
     finished_at: Time | None
     retain_seconds: int | None  # for how long it is kept after its end; None: as is set
+    trace_id: str | None  # of its OpenTelemetry trace, if it was started with flow_tracing
     input_json: NotRequired[Any]  # this and what follows: with --payloads
     state_json: NotRequired[dict[str, Any]]
     result_json: NotRequired[Any]
