@@ -56,7 +56,7 @@ def traced(make_bench: MakeBench, exporter: InMemorySpanExporter) -> Bench:
     return make_bench(tracing=True)
 
 
-def a_flow(bench: Bench) -> Any:
+def a_flow(bench: Bench, rests: timedelta = timedelta(milliseconds=50)) -> Any:
     @bench.task("charge")
     def charge(cents: int) -> str:
         with application.start_as_current_span("charging"):
@@ -66,7 +66,7 @@ def a_flow(bench: Bench) -> Any:
     def order(run: Run, cents: int) -> str:
         run.step(bench.effects.append, "reserved")
         paid = run.step(charge, cents)
-        run.sleep(timedelta(milliseconds=50))
+        run.sleep(rests)
         run.step(bench.effects.append, "sent")
         return paid
 
@@ -306,7 +306,7 @@ def test_no_span_holds_what_a_flow_was_told(traced: Bench, spans: Spans, exporte
 
 def test_what_is_not_sampled_costs_no_write(make_bench: MakeBench, exporter: InMemorySpanExporter) -> None:
     bench = make_bench(tracing=True)
-    flow = a_flow(bench)
+    flow = a_flow(bench, rests=timedelta(hours=1))  # so that its row is there to be looked at
     unsampled = trace.NonRecordingSpan(trace.SpanContext(1, 1, is_remote=True, trace_flags=trace.TraceFlags(0)))
     with trace.use_span(unsampled):
         handle = flow.start(1)
