@@ -44,15 +44,16 @@ def main(url: str) -> None:
         told = names["stream"].getvalue().strip(), json.loads(structured.getvalue())
         formatter = _formatter(bench)
         flow_id = str(handle.id)
-        print(
-            json.dumps({
-                "spans": sorted(span.name for span in names["exporter"].get_finished_spans()),
-                "traces": len({span.context.trace_id for span in names["exporter"].get_finished_spans()}),
-                "filter": told[0].replace(flow_id, "FLOW_ID"),
-                "processor": [told[1]["event"], told[1]["step"], told[1]["flow_id"] == flow_id],
-                "json": json.loads(formatter.format(logging.makeLogRecord({"msg": "hello", "levelname": "INFO"})))["event"],
-            })
-        )  # fmt: skip
+        spans = names["exporter"].get_finished_spans()
+        line = formatter.format(logging.makeLogRecord({"msg": "hello", "levelname": "INFO"}))
+        seen = {
+            "spans": sorted(span.name for span in spans),
+            "traces": len({span.context.trace_id for span in spans}),
+            "filter": told[0].replace(flow_id, "FLOW_ID"),
+            "processor": [told[1]["event"], told[1]["step"], told[1]["flow_id"] == flow_id],
+            "json": json.loads(line)["event"],
+        }
+        sys.stdout.write(json.dumps(seen) + "\n")
 
 
 def _formatter(bench: Bench) -> logging.Formatter:
