@@ -89,6 +89,17 @@ class Schedule:
         return (missed[:1] if self.catch_up == "last" and not on_time else on_time)[::-1]
 
 
+def refuse_without_schedule(name: str, catch_up: str, overlap: str) -> None:
+    """Says nothing if a flow without a schedule is not told what to do about slots.
+
+    Raises:
+        InvalidData: it is; nobody would hear that it has none.
+    """
+    for option, given, default in ("catch_up", catch_up, "last"), ("overlap", overlap, "allow"):
+        if given != default:
+            raise InvalidData(f"{option} of flow {name}", "goes with schedule=, which is missing")
+
+
 def parse_schedule(name: str, every: Any, catch_up: str, overlap: str) -> Schedule:
     """The schedule that a flow is defined with.
 

@@ -8,7 +8,7 @@ what is stored does not depend on it. Whoever claims due rows by themselves find
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
@@ -73,17 +73,6 @@ def wanted(
                 by_key[key] = number, flow_id
         order.append(flow_id)
     return Wanted(template, items, limit_keys, order)
-
-
-def listed(field: str, values: Iterable[Any]) -> list[Any]:
-    """The values, if they are many.
-
-    Raises:
-        InvalidData: they are one, though one that can be taken apart.
-    """
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise InvalidData(field, f"must be a list, not {type(values).__name__}")
-    return list(values)
 
 
 def _checked(keys: Sequence[Any], count: int) -> list[str | None]:

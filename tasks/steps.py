@@ -9,14 +9,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID
 
 from celery import Task
 from celery._state import _task_stack  # type: ignore[attr-defined]
 from celery.app.trace import task_has_custom
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
-from celery_flows.store import FlowStepStatus, InvalidData, LeaseLost, StoreError, dispatch
+from celery_flows.store import FlowStepStatus, LeaseLost, StoreError, dispatch
 from celery_flows.store.changes import Completion
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import StepClaim
@@ -235,15 +234,3 @@ def delivery_of(request: Any, worker: str) -> Delivery:
     """What a Celery request says of its message."""
     info: Mapping[str, Any] = request.delivery_info or {}
     return Delivery(worker, info.get("routing_key"), any(request.timelimit or ()), request.hostname)
-
-
-def parse_id(field: str, value: Any) -> UUID:
-    """A flow id out of a message.
-
-    Raises:
-        InvalidData: it is none.
-    """
-    try:
-        return UUID(value)
-    except (ValueError, TypeError, AttributeError):
-        raise InvalidData(field, "is no flow id (a UUID)") from None

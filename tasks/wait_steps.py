@@ -8,6 +8,7 @@ from typing import Any
 
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.changes import StepWrite
+from celery_flows.store.validation import MAX_NAME_CHARS
 from celery_flows.store.waits import ExternalEventWait, TimerWait
 from celery_flows.tasks.errors import HistoryMismatch, WaitTimedOut
 from celery_flows.tasks.replay import Place, Replay
@@ -32,6 +33,11 @@ def sleep(replay: Replay, until: Callable[[], datetime]) -> None:
     else:
         replay.refuse_in_cleanup("sleep")
         replay.tell_once(lambda: driver.wait(TimerWait(at=at, run_id=place.run_id), step))
+
+
+def name_of_wait(topic: str) -> str:
+    """What the step is called that waits for an event of this topic: as much of it as a name may be long."""
+    return f"wait_for {topic}"[:MAX_NAME_CHARS]
 
 
 def wait_for(replay: Replay, name: str, topic: str, correlation_id: str, timeout: timedelta | None) -> Any:

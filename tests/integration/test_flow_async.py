@@ -680,6 +680,38 @@ def test_what_is_undone_by_an_async_function(bench: Bench) -> None:
     assert bench.effects == ["second", "first", "third"]
 
 
+FORGOTTEN: dict[str, Callable[[AsyncRun], Any]] = {
+    "step": lambda run: run.step(len, "abc"),
+    "sleep": lambda run: run.sleep(SHORT),
+    "update": lambda run: run.options().update(done=1),
+    "now": lambda run: asyncio.create_task(run.now()),
+}
+
+
+@pytest.mark.parametrize("what", FORGOTTEN)
+def test_a_forgotten_await_fails_the_flow_and_names_the_call(bench: Bench, what: str) -> None:
+    """Python's own warning is a line in a worker's log; the flow would be finished, with nothing done."""
+
+    @bench.flows.flow("forgets")
+    async def forgets(run: AsyncRun) -> str:
+        await run.step(str, 1)
+        FORGOTTEN[what](run)
+        return "done"
+
+    with pytest.raises(FlowFailed, match=rf"InvalidData: run\.{what}: was not awaited"):
+        bench.finish(forgets.start())
+
+
+def test_steps_that_are_called_for_first_and_awaited_later_are_not_forgotten(bench: Bench) -> None:
+    @bench.flows.flow("prepares")
+    async def prepares(run: AsyncRun) -> list[int]:
+        ahead = [run.step(len, text) for text in ("a", "bb", "ccc")]
+        run.sleep(SHORT).close()  # thought better of it
+        return [await step for step in ahead]
+
+    assert bench.finish(prepares.start()) == [1, 2, 3]
+
+
 def test_a_thread_that_a_late_step_left_behind_does_not_hold_the_worker(bench: Bench) -> None:
     """Whatever it calls may never return, and the worker's process would be gone for good."""
     returns, left = threading.Event(), threading.Event()
