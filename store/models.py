@@ -22,6 +22,18 @@ def new_id() -> UUID:
     return uuid_utils.compat.uuid7()
 
 
+def parse_id(field: str, value: Any) -> UUID:
+    """A flow's id, of whatever says it.
+
+    Raises:
+        InvalidData: it is none.
+    """
+    try:
+        return value if isinstance(value, UUID) else UUID(value)
+    except (ValueError, TypeError, AttributeError):
+        raise InvalidData(field, "is no flow id (a UUID)") from None
+
+
 class FlowStatus(StrEnum):
     CREATED = "created"
     RUNNING = "running"
@@ -122,6 +134,7 @@ class Flow(Record):
     finished_at: datetime | None = None  # set with every terminal status
     continued_as: UUID | None = None  # the flow that goes on for this one, with a fresh history
     forked_from: UUID | None = None  # the flow whose first steps this one has taken over
+    trace_json: dict[str, str] | None = None  # W3C trace context: what its runs are children of
 
     @field_validator("controller_id", "owner_session_key")
     @classmethod

@@ -508,6 +508,11 @@ def planned_rows(conn: Connection, query: sa.Select[Any]) -> int | None:
     return int(plan["Plan"]["Plan Rows"])
 
 
+def wait_run_id() -> sa.ColumnElement[str]:
+    """The run id of the step by which a flow waits; NULL: it has none."""
+    return sa.func.jsonb_extract_path_text(flows.c.wait_json, "run_id")
+
+
 # ---- engines --------------------------------------------------------------------------------------------------------
 
 # Bounds on everything that could otherwise hang: a dead server, a held lock, a stopped process inside a transaction.

@@ -42,6 +42,7 @@ Script = Generator[Call | Pause, Any, T]
 TRIES = 8
 PATIENCE_SECONDS = 1.5  # of pauses between tries to reach the database again
 LOCK_NOT_AVAILABLE = "55P03"
+DATA_EXCEPTION = "22"  # the class of SQL states of values that are no number, no time, too long
 CONFLICTS = frozenset({"40P01", "40001", LOCK_NOT_AVAILABLE})
 
 
@@ -159,7 +160,10 @@ def _hide_values(error: DBAPIError) -> None:
 
 
 def first_line(error: SQLAlchemyError) -> str:
-    """What the driver said, without statement, parameters and details."""
+    """What the driver said, without statement, parameters and details; of data that does not fit only the error's name,
+    for there PostgreSQL repeats it."""
     said = error.orig if isinstance(error, DBAPIError) else error
+    if str(getattr(said, "sqlstate", None)).startswith(DATA_EXCEPTION):
+        return type(said).__name__
     lines = str(said).strip().splitlines()
     return lines[0] if lines else type(said).__name__

@@ -43,8 +43,8 @@ within the limit's last stretch of time, as seconds since 1970, and the ids of t
 somebody looked last, had not.
 
 Who writes: ``operations.py`` (records), ``dispatch.py`` (claims, transitions, completions), ``inbox.py`` (events),
-``children.py`` (child flows), ``limits.py`` (slots), ``health.py`` (heartbeats), each through ``postgresql.py`` or
-``sqlite.py`` where the two differ.
+``children.py`` (child flows), ``limits.py`` (slots), ``health.py`` (heartbeats), ``traces.py`` (spans), each through
+``postgresql.py`` or ``sqlite.py`` where the two differ.
 
 No index may name a column that the record of a step changes (``revision``, ``current_step``, ``updated_at``), not even
 a partial one: PostgreSQL could then not update the row in place (HOT). Hence ``rest_at``, equal to ``updated_at`` but
@@ -171,6 +171,7 @@ flows = sa.Table(
     sa.Column("continued_as", sa.Uuid()),
     sa.Column("forked_from", sa.Uuid()),
     sa.Column("retain_seconds", sa.BigInteger()),
+    sa.Column("trace_json", Json),
     # Derived, so in no record and in no event:
     sa.Column("rest_at", UtcDateTime(), nullable=False),  # updated_at, but for records of a running flow
     sa.Column("wait_key", sa.Text()),  # what external events are matched by
@@ -256,6 +257,7 @@ flow_dispatch = sa.Table(
     sa.Column("has_slot", sa.Boolean(), nullable=False, server_default=sa.false()),
     sa.Column("queued_at", UtcDateTime()),
     sa.Column("urgency", sa.SmallInteger()),  # low first: the priority, as the broker has it
+    sa.Column("run_span", sa.Text()),  # of the last run that was traced; see traces.py
     _one_of("kind", DISPATCH_KINDS, "kind"),
     _partial("ix_flow_dispatch_due_at", "due_at IS NOT NULL", "due_at"),
     sa.Index("ix_flow_dispatch_flow_id", "flow_id"),

@@ -10,13 +10,14 @@ from typing import Any
 from celery import Celery
 
 from celery_flows.store import InvalidData
+from celery_flows.store.models import parse_id
 from celery_flows.store.validation import check_name
 from celery_flows.tasks import maintenance, slots
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.errors import UnknownFlow
 from celery_flows.tasks.publish import DRIVE_TASK, STEP_TASK
 from celery_flows.tasks.runtime import Runtime, worker_token
-from celery_flows.tasks.steps import delivery_of, parse_id, run_step
+from celery_flows.tasks.steps import delivery_of, run_step
 
 log = logging.getLogger("celery_flows.tasks")
 
@@ -85,7 +86,8 @@ def register(app: Celery, runtime: Runtime) -> None:
         """
         try:
             definition = runtime.registry.require(check_name("name", name))
-            return str(definition.start(input, **{"key": self.request.id, **_start_options(options)}).id)
+            with runtime.watch.spans.received(self.request):
+                return str(definition.start(input, **{"key": self.request.id, **_start_options(options)}).id)
         except (InvalidData, UnknownFlow) as error:
             log.error("a start is refused: %s", error)
             raise

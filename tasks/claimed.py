@@ -18,9 +18,11 @@ from celery_flows.store.models import TERMINAL
 from celery_flows.tasks.errors import FlowCancelled, FlowTimedOut
 from celery_flows.tasks.lease import let_go, surely, surely_held
 from celery_flows.tasks.loop import Loop
+from celery_flows.tasks.metrics import CONFLICTS, LEASES_LOST
 from celery_flows.tasks.options import StepOptions
 from celery_flows.tasks.replay import Suspended
 from celery_flows.tasks.runtime import Runtime
+from celery_flows.tasks.spans import Span
 
 log = logging.getLogger("celery_flows.drive")
 
@@ -53,6 +55,7 @@ class Claimed:
         self.interruption: BaseException | None = None  # what a step raised that ends more than the step
         self.is_due_again = False  # it was parked, and somebody had called meanwhile: whoever parked it goes on
         self.loop = Loop()
+        self.span = Span()  # of this run
         self.kept_slot = False  # a limited flow keeps its slot beyond this claim
         self._lease_until = asked_at + runtime.settings.lease_seconds
         self._claimed_at = boottime()
@@ -137,6 +140,7 @@ class Claimed:
             try:
                 written = write()
             except RevisionMismatch:
+                self.runtime.watch.meter.add(CONFLICTS)
                 self.look_again()
             except FlowNotFound:
                 raise LeaseLost(self.holder.run_id) from None
@@ -177,7 +181,9 @@ class Claimed:
         """Nothing more may be done: the lease is lost, or the store cannot be reached."""
         self.is_over = True
         log.warning("flow %s: driving stops (%s)", self.flow.id, type(reason).__name__)
-        if not isinstance(reason, LeaseLost):
+        if isinstance(reason, LeaseLost):
+            self.runtime.watch.meter.add(LEASES_LOST, ("drive",))
+        else:
             let_go(self.runtime, self.holder, reason)
 
     @contextmanager

@@ -16,6 +16,7 @@ from celery_flows.tasks.driver import Driver
 from celery_flows.tasks.errors import FlowCancelled
 from celery_flows.tasks.failures import of_flow
 from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on
+from celery_flows.tasks.metrics import LEASES_LOST
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.replay import Replay, Suspended
 from celery_flows.tasks.run import Run
@@ -58,12 +59,14 @@ def _is_due_after(driver: Driver) -> bool:
         driver.runtime.store.run(dispatch.hand_back, driver.holder, UNKNOWN_PAUSE_SECONDS)
         return False
     try:
-        Pass(driver, definition).run()
+        with driver.runtime.watch.run(driver):
+            Pass(driver, definition).run()
     except Suspended:
         if (error := driver.interruption) is not None:  # the function caught it, or went on all the same
             let_go(driver.runtime, driver.holder, error)
             raise error from None
     except LeaseLost as lost:
+        driver.runtime.watch.meter.add(LEASES_LOST, ("drive",))
         log.info("%s", lost)
     except BaseException as error:
         let_go(driver.runtime, driver.holder, error)

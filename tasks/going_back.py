@@ -20,8 +20,10 @@ from celery_flows.store.errors import IllegalTransition
 from celery_flows.store.models import FlowMode
 from celery_flows.store.script import Call
 from celery_flows.store.taking_over import Origin
+from celery_flows.store.validation import check_mapping
 from celery_flows.tasks.prefix import before, find_step, state_after, taken_over, until_failure
 from celery_flows.tasks.replay import is_undoing
+from celery_flows.tasks.spans import Starting
 from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
 if TYPE_CHECKING:
@@ -34,10 +36,12 @@ def fork(
     """The id of the new flow. See :meth:`FlowHandle.fork`."""
     if not isinstance(from_step, str):
         raise InvalidData("from_step", "is the name of a step, name#2 for the second of a name, or a run id")
-    if state is not None and not isinstance(state, dict):
-        raise InvalidData("state", "must be a dictionary")
+    if state is not None:
+        check_mapping("state", state)
     origin, store, caller = _origin(runtime, flow_id, session)
-    return _begin(runtime, store, caller, origin, before(origin, find_step(origin, from_step)), state)
+    steps = before(origin, find_step(origin, from_step))
+    with runtime.watch.spans.starting(origin.flow.controller_id, origin=origin.flow.trace_json) as started:
+        return _begin(runtime, store, caller, origin, steps, state, started)
 
 
 def retry(runtime: Runtime, flow_id: UUID, session: Transaction | None) -> UUID:
@@ -54,7 +58,8 @@ def retry(runtime: Runtime, flow_id: UUID, session: Transaction | None) -> UUID:
     if any(step.run_id in left_out for step in filter(is_undoing, origin.steps)):
         told = ": it has cleaned up, so what it recorded may be undone; start anew, or fork it from a step"
         raise IllegalTransition(flow.id, flow.status, "retried", told)
-    return _begin(runtime, store, caller, origin, taken, None)
+    with runtime.watch.spans.starting(flow.controller_id, origin=flow.trace_json) as started:
+        return _begin(runtime, store, caller, origin, taken, None, started)
 
 
 def _origin(
@@ -77,6 +82,7 @@ def _begin(
     origin: Origin,
     steps: Sequence[FlowStep],
     state: dict[str, Any] | None,
+    started: Starting,
 ) -> UUID:
     """Stores the flow with what it takes over, and publishes its drive message after the commit."""
     old = origin.flow
@@ -89,7 +95,9 @@ def _begin(
         state_json=state_after(origin, steps) if state is None else state,
         deadline_at=None if definition.timeout is None else store.run(op.now) + definition.timeout,
         forked_from=old.id,
+        trace_json=started.carrier,
     )
+    started.tell(flow.id)
     drive = definition.drive_row(definition.limit_key(flow.input_json), origin.priority)
     call = Call(taking_over.create_taking_over, (flow, drive, taken_over(origin, steps, flow.id, state)))
     store.attempt(call, settled=Call(op.find_created, (flow,)))

@@ -85,7 +85,7 @@ class InlineStep:
 
     def attempts(self, known: FlowStep | None) -> Attempts:
         """Those that are left."""
-        return Attempts(self._replay, self.place, self._options, known)
+        return Attempts(self._replay, self.place, self._options, known, code_name(self._work))
 
     def body(self) -> str:
         """Calls the function; its result as JSON text."""
@@ -106,8 +106,8 @@ class Again:
 class Attempts:
     """The attempts of one inline step under this claim."""
 
-    def __init__(self, replay: Replay, place: Place, options: StepOptions, known: FlowStep | None) -> None:
-        self._replay, self._place, self._known = replay, place, known
+    def __init__(self, replay: Replay, place: Place, options: StepOptions, known: FlowStep | None, code: str) -> None:
+        self._replay, self._place, self._known, self._code = replay, place, known, code
         self._driver: Driver = replay.driver
         self._rule = NEVER if options.retry is None else options.retry.rule()
         self._timeout = options.seconds
@@ -144,6 +144,15 @@ class Attempts:
             StepFailed: it failed, was the last one, and that is recorded.
             CancelledError: the step's task was cancelled; nothing is recorded.
         """
+        with self._driver.runtime.watch.inline_step(self._driver, self._place, self._code, self.attempt) as made:
+            outcome = self._once(attempt)
+            if isinstance(outcome, str):
+                made.came_to("succeeded")
+            elif outcome is not None:
+                made.came_to("retried", (outcome.step.error or {}).get("type"))
+            return outcome
+
+    def _once(self, attempt: Callable[[float], str]) -> str | Again | None:
         self._driver.check_lease()
         began = self._driver.clock()
         try:
@@ -208,6 +217,11 @@ def retry_at(step: FlowStep) -> datetime | None:
 
 def step_name(work: Callable[..., Any]) -> str:
     """The name an inline step goes by: its function's."""
+    return check_name("step", code_name(work))
+
+
+def code_name(work: Callable[..., Any]) -> str:
+    """A function's name in the code."""
     inner = getattr(work, "func", work)  # functools.partial
-    name = getattr(inner, "__name__", type(inner).__name__)
-    return check_name("step", name)
+    name: str = getattr(inner, "__name__", type(inner).__name__)
+    return name

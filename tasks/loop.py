@@ -27,7 +27,7 @@ class Loop:
     """
 
     def __init__(self) -> None:
-        self._runner: asyncio.Runner | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._main: asyncio.Task[Any] | None = None
         self.is_ending = False  # tasks that are left over are being cancelled
 
@@ -43,9 +43,9 @@ class Loop:
         if asyncio._get_running_loop() is not None:
             coroutine.close()
             raise InvalidData("event loop", "runs in this thread; call it in another, by await asyncio.to_thread(…)")
-        if self._runner is None:
-            self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-        loop = self._runner.get_loop()
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+        loop = self._loop
         self._main = main = loop.create_task(coroutine)
         try:
             return loop.run_until_complete(main)
@@ -60,9 +60,15 @@ class Loop:
             self._main.cancel()
 
     def close(self) -> None:
-        """Ends the loop."""
-        if self._runner is not None:
-            self._runner.close()
+        """Ends the loop. Threads that its coroutines have left behind are not waited for: a call in one may never
+        return, and would keep the worker's process with it, without a lease that anybody could see end."""
+        if self._loop is None:
+            return
+        try:
+            self._end_rest(self._loop)
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            self._loop.close()
 
     def _end_rest(self, loop: asyncio.AbstractEventLoop) -> None:
         if rest := asyncio.all_tasks(loop):

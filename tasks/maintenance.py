@@ -12,9 +12,10 @@ from uuid import UUID
 from celery_flows.store import FlowError, FlowStepStatus, audit, dispatch, health, inbox, limits, pruning
 from celery_flows.store.audit import Finding
 from celery_flows.store.changes import Completion, Holder
+from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import Swept
 from celery_flows.store.pruning import Archive, Progress, Retention
-from celery_flows.tasks import slots
+from celery_flows.tasks import metrics, slots
 from celery_flows.tasks.admission import give_due
 from celery_flows.tasks.children import settle_child
 from celery_flows.tasks.emit import hand_over
@@ -53,7 +54,7 @@ def sweep(runtime: Runtime) -> SweepReport:
 
     Any number of processes may sweep at once. Cost follows what is due, not what waits.
     """
-    settings = runtime.settings
+    settings, meter, began = runtime.settings, runtime.watch.meter, boottime()
     pauses = settings.republish_seconds, settings.republish_max_seconds
     # What is begun comes first: thousands that are not must not keep it from being gone on with.
     swept = runtime.store.run(dispatch.sweep_due, settings.sweep_limit, *pauses, only="begun")
@@ -75,6 +76,10 @@ def sweep(runtime: Runtime) -> SweepReport:
     ticked = WaitEngine(runtime.store).settle([row.flow_id for row in undriven if not row.is_mirror and row.flow_id])
     settled = seen_to + mirrored + ticked.resumed + ticked.cancelled
     report = SweepReport(len(swept), published, len(lost), handed_over, give_due(runtime), settled)
+    meter.observe(metrics.SWEEP_SECONDS, boottime() - began)
+    for what, count in asdict(report).items():
+        meter.add(metrics.SWEPT, (what,), count)
+    meter.add(metrics.LEASES, ("ended",), sum(row.was_held and row.publish_count == 1 for row in swept))
     if any(asdict(report).values()):
         log.info("swept: %s", ", ".join(f"{count} {name}" for name, count in asdict(report).items() if count))
     return report
@@ -105,8 +110,10 @@ def _give_up(runtime: Runtime, row: Swept) -> None:
     """Ends work that killed its workers too often; a step fails as lost, so that its flow may still catch it."""
     hint = row.hint
     log.error("%s %s of flow %s was lost %d times: given up", hint.kind, hint.task, hint.flow_id, row.crash_count)
+    runtime.watch.meter.add(metrics.GIVEN_UP, (hint.kind,))
     if hint.kind == "drive":
-        runtime.store.run(dispatch.fail_lost, hint.flow_id, row.fence)
+        if runtime.store.run(dispatch.fail_lost, hint.flow_id, row.fence) and (flow := runtime.store.get(hint.flow_id)):
+            runtime.watch.ended(flow.controller_id, flow.status)
         return
     error = of_engine(StepLost, f"its workers died {row.crash_count} times")
     failed = Completion(Holder(hint.run_id, row.fence, None), hint.flow_id, FlowStepStatus.FAILED, error=error)
@@ -147,6 +154,7 @@ def prune(
     archive = runtime.archive if archive is None else archive
     pruned = runtime.store.play(pruning.prune(retention(runtime, retain_days), archive=archive, progress=progress))
     runtime.store.run(limits.prune)
+    runtime.watch.meter.add(metrics.PRUNED, amount=pruned)
     log.info("pruned %d flows", pruned)
     heartbeat(runtime, PRUNE, DAY_SECONDS, pruned=pruned)
     return pruned
@@ -178,6 +186,9 @@ def verify_sample(runtime: Runtime, size: int = 100) -> list[Finding]:
     found = audited(runtime, flow_ids)
     for finding in found[:TOLD]:
         log.error("%s", finding)
+    runtime.watch.meter.add(metrics.AUDITED, amount=len(flow_ids))
+    for finding in found:
+        runtime.watch.meter.add(metrics.FINDINGS, (finding.kind,))
     log.info("audited %d flows: %d findings", len(flow_ids), len(found))
     torn = list(dict.fromkeys(str(finding.flow_id) for finding in found))
     heartbeat(runtime, VERIFY, HOUR_SECONDS, flows=len(flow_ids), findings=len(found), torn=torn[:TOLD])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 from uuid import UUID
@@ -15,7 +16,9 @@ from kombu.exceptions import KombuError
 from kombu.pools import producers
 
 from celery_flows.store.dispatch import Hint
+from celery_flows.tasks.metrics import MESSAGES
 from celery_flows.tasks.settings import FlowSettings
+from celery_flows.tasks.watch import Watch
 
 log = logging.getLogger("celery_flows.publish")
 
@@ -25,16 +28,23 @@ DRIVE_TASK, STEP_TASK = "flows.drive", "flows.step"
 class Publisher:
     """Sends hints over a connection of its own, on which everything is bounded: a dead broker costs a moment."""
 
-    def __init__(self, app: Celery, settings: FlowSettings) -> None:
-        self._app = app
+    def __init__(self, app: Celery, settings: FlowSettings, watch: Watch | None = None) -> None:
+        self._app, self._watch = app, watch or Watch()
         self._timeout = settings.publish_timeout_seconds
 
     def publish(self, *hints: Hint, within_seconds: float = math.inf) -> int:
         """Sends the hints, the most urgent first, until the broker fails or the time is over; says how many were sent.
         Never raises."""
-        sent = 0
         if not hints:
-            return sent
+            return 0
+        with self._watch.spans.publishing():
+            sent = self._publish(hints, within_seconds)
+        self._watch.meter.add(MESSAGES, ("published",), sent)
+        self._watch.meter.add(MESSAGES, ("left",), len(hints) - sent)
+        return sent
+
+    def _publish(self, hints: Sequence[Hint], within_seconds: float) -> int:
+        sent = 0
         deadline = time.monotonic() + within_seconds
         connection = self._connection
         broken = (*connection.connection_errors, *connection.channel_errors, KombuError, OSError)

@@ -28,6 +28,7 @@ from celery_flows.tasks.publish import Publisher, broker_scheme, urgency
 from celery_flows.tasks.registry import Registry
 from celery_flows.tasks.settings import FlowSettings, load_settings
 from celery_flows.tasks.stopping import Stopping
+from celery_flows.tasks.watch import Watch
 
 if TYPE_CHECKING:
     from celery_flows.tasks.mirror import MirrorRule
@@ -45,6 +46,7 @@ class Runtime:
         self.stopping = Stopping()
         self.interrupts = Interrupts()
         self.ahead: dict[NotBegun, Ahead] = {"step": Ahead(), "flow": Ahead()}
+        self.watch = Watch(lambda: self.settings.tracing)
         self.mirror_rules: list[MirrorRule] = []
         self.archive: Archive | None = None  # takes what is pruned
         self._store = store
@@ -122,7 +124,7 @@ class Runtime:
     @cached_property
     def publisher(self) -> Publisher:
         """What sends messages, over its own bounded connection."""
-        return Publisher(self.app, self.settings)
+        return Publisher(self.app, self.settings, self.watch)
 
     def urgency(self, priority: int | None) -> int:
         """Of flows that wait for the same: lower comes first, as the broker would have it."""

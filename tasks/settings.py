@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -15,6 +15,8 @@ from celery_flows.store.errors import InvalidData
 from celery_flows.store.validation import MAX_PAYLOAD_BYTES
 
 ENV_PREFIX = "FLOW_"
+
+LogFormat = Literal["console", "json"]
 
 
 class FlowSettings(BaseSettings):
@@ -71,6 +73,21 @@ class FlowSettings(BaseSettings):
     retain_failed_days: int | None = Field(
         None, ge=0, le=36_500, description="How long flows that failed are kept; not set: three times as long."
     )
+
+    metrics_port: int | None = Field(
+        None, ge=0, le=65_535, description="Where each worker answers /metrics, /healthz and /readyz; not set: nowhere."
+        " 0: at any port that is free, which its log names.",
+    )  # fmt: skip
+    metrics_address: str = Field(
+        "127.0.0.1", min_length=1, description="The address of that port; 0.0.0.0: all of this machine's."
+    )
+    tracing: bool = Field(
+        False, description="Make OpenTelemetry spans of flows and steps, in workers and where flows are started."
+    )
+    log_format: LogFormat = Field(
+        "console", description="How celery_flows.worker, and an app told to by use_flow_logging(), writes its log: as "
+        "lines to read (console) or as JSON (json).",
+    )  # fmt: skip
 
     @field_validator("imports", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from celery_flows.store import Flow, FlowError, schedules
 from celery_flows.store import operations as op
 from celery_flows.store.changes import Drive
 from celery_flows.store.dispatch import drive_hint
+from celery_flows.store.schedules import Skipped
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.schedule import ON_TIME_SECONDS, Schedule
 
@@ -42,13 +43,16 @@ def _start(runtime: Runtime, definition: FlowDefinition[Any, Any], schedule: Sch
     due = partial(runtime.due_slots, schedule)
 
     def flow_at(slot: datetime, begins_at: datetime) -> tuple[Flow, Drive]:
-        flow = definition.new_flow(
-            deadline_at=None if definition.timeout is None else begins_at + definition.timeout,
-            owner_session_key="default",
-            requester_origin="schedule",
-            idempotency_key=f"slot {slot.isoformat()}",
-            input_json=definition.encoded_input(slot if definition.takes_input else None),
-        )
+        with runtime.watch.spans.starting(definition.name) as started:
+            flow = definition.new_flow(
+                deadline_at=None if definition.timeout is None else begins_at + definition.timeout,
+                owner_session_key="default",
+                requester_origin="schedule",
+                idempotency_key=f"slot {slot.isoformat()}",
+                input_json=definition.encoded_input(slot if definition.takes_input else None),
+                trace_json=started.carrier,
+            )
+            started.tell(flow.id)
         return flow, definition.drive_row(definition.limit_key(flow.input_json))
 
     seen = runtime.store.run(schedules.start_due, row_of(definition), due, flow_at, schedule.overlap)
@@ -68,6 +72,15 @@ def missed(runtime: Runtime) -> Iterator[tuple[str, datetime]]:
             slot = next(definition.schedule.slots_before(before, runtime.app.timezone), None)
             if slot is not None and last is not None and slot > last and not _waits(runtime, definition):
                 yield definition.name, slot
+
+
+def skipped(runtime: Runtime) -> Iterator[tuple[str, Skipped]]:
+    """The definitions whose schedules have passed over slots, for the flow of the one before was open, and how many."""
+    for definition in runtime.registry:
+        if definition.schedule is not None and definition.schedule.overlap == "skip":
+            found = runtime.store.run(schedules.skipped, row_of(definition))
+            if found is not None:
+                yield definition.name, found
 
 
 def _waits(runtime: Runtime, definition: FlowDefinition[Any, Any]) -> bool:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
 
 from celery_flows.store import InvalidData, SqlFlowStore, StartPending, StoreError, starts
 from celery_flows.store import operations as op
@@ -13,8 +14,9 @@ from celery_flows.store.changes import Drive
 from celery_flows.store.clock import as_utc
 from celery_flows.store.dispatch import drive_hint
 from celery_flows.store.script import TRIES, Call, is_lock_timeout
-from celery_flows.store.validation import check_priority
+from celery_flows.store.validation import check_name, check_priority, check_text
 from celery_flows.tasks.handle import FlowHandle
+from celery_flows.tasks.spans import Starting
 from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
 if TYPE_CHECKING:
@@ -28,13 +30,21 @@ FARTHEST_DAYS = 36_500
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How flows are to be started: what :meth:`FlowDefinition.start` takes besides the input."""
+    """How flows are to be started: what :meth:`FlowDefinition.start` takes besides the input.
+
+    Raises:
+        InvalidData: naming the option.
+    """
 
     owner: str = "default"
     goal: str = ""
     priority: int | None = None
     countdown: float | timedelta | None = None
     eta: datetime | None = None
+
+    def __post_init__(self) -> None:
+        check_name("owner", self.owner)
+        check_text("goal", self.goal)
 
 
 def start(
@@ -46,6 +56,23 @@ def start(
     session: Transaction | None,
 ) -> FlowHandle[Out]:
     """Stores the flow, and publishes its drive message after the commit. See :meth:`FlowDefinition.start`."""
+    with runtime.watch.spans.starting(definition.name) as started:
+        flow_id = _start(runtime, definition, input, key, options, session, started)
+        started.tell(flow_id)
+    return FlowHandle(runtime, flow_id, definition)
+
+
+def _start(
+    runtime: Runtime,
+    definition: FlowDefinition[Any, Any],
+    input: Any,
+    key: str | None,
+    options: Options,
+    session: Transaction | None,
+    started: Starting,
+) -> UUID:
+    if key is not None:
+        check_name("key", key)
     caller = None if session is None else transaction_of(session)
     store = runtime.store if caller is None else runtime.store.using(caller)
     encoded = definition.encoded_input(input)
@@ -56,6 +83,7 @@ def start(
         owner_session_key=options.owner,
         idempotency_key=key,
         input_json=encoded,
+        trace_json=started.carrier,
     )
     # Who holds the key is not waited for; a caller whose transaction this is goes on with it all the same.
     create = op.create_flow if key is None or caller is None else starts.create_flow_apart
@@ -67,10 +95,10 @@ def start(
             raise StartPending(definition.name, key) from error
         raise
     if not created:
-        return FlowHandle(runtime, store.run(starts.find_started, flow), definition)
+        return store.run(starts.find_started, flow)
     if drive.published:
         once_committed(caller, lambda: runtime.publisher.publish(drive_hint(flow.id, drive)))
-    return FlowHandle(runtime, flow.id, definition)
+    return flow.id
 
 
 def drive_row(
@@ -93,7 +121,7 @@ def drive_row(
         _check_horizon(runtime, "countdown", timedelta(seconds=seconds))
         return replace(row, first_pause=seconds, published=False), {"countdown": seconds}
     if options.eta is not None:
-        eta = _moment(options.eta)
+        eta = as_utc("eta", options.eta)
         if runtime.settings.timer_horizon_days is not None:
             _check_horizon(runtime, "eta", eta - store.run(op.now))
         return replace(row, due_at=eta, published=False), {"eta": eta.isoformat()}
@@ -118,12 +146,6 @@ def _seconds(countdown: Any) -> float:
     if seconds > FARTHEST_DAYS * 86_400:
         raise InvalidData("countdown", f"is more than {FARTHEST_DAYS} days")
     return float(seconds)
-
-
-def _moment(eta: Any) -> datetime:
-    if not isinstance(eta, datetime):
-        raise InvalidData("eta", "must be a datetime with a time zone")
-    return as_utc("eta", eta)
 
 
 def _check_horizon(runtime: Runtime, field: str, away: timedelta) -> None:

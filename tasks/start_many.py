@@ -8,7 +8,7 @@ what is stored does not depend on it. Whoever claims due rows by themselves find
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
@@ -75,17 +75,6 @@ def wanted(
     return Wanted(template, items, limit_keys, order)
 
 
-def listed(field: str, values: Iterable[Any]) -> list[Any]:
-    """The values, if they are many.
-
-    Raises:
-        InvalidData: they are one, though one that can be taken apart.
-    """
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise InvalidData(field, f"must be a list, not {type(values).__name__}")
-    return list(values)
-
-
 def _checked(keys: Sequence[Any], count: int) -> list[str | None]:
     if len(keys) != count:
         raise InvalidData("keys", f"are {len(keys)}, for {count} inputs")
@@ -123,10 +112,12 @@ def start_many(
     store = runtime.store if caller is None else runtime.store.using(caller)
     called, told = drive_row(runtime, store, definition, options)
     new = [NewFlow(*item, drive=drive) for item, drive in zip(wanted.items, _drives(called, wanted), strict=True)]
-    template = wanted.template.but(deadline_at=deadline_of(store, definition, called))
+    deadline = deadline_of(store, definition, called)
     keyed = any(each.key is not None for each in new)
     try:
-        there = store.attempt(Call(starts.create_many, (template, told, new)), lock_tries=0 if keyed else TRIES)
+        with runtime.watch.spans.starting(definition.name) as started:
+            template = wanted.template.but(deadline_at=deadline, trace_json=started.carrier)
+            there = store.attempt(Call(starts.create_many, (template, told, new)), lock_tries=0 if keyed else TRIES)
     except StoreError as error:
         if keyed and is_lock_timeout(error.__cause__):
             raise StartPending(definition.name, None) from error

@@ -9,14 +9,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID
 
 from celery import Task
 from celery._state import _task_stack  # type: ignore[attr-defined]
 from celery.app.trace import task_has_custom
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
-from celery_flows.store import FlowStepStatus, InvalidData, LeaseLost, StoreError, dispatch
+from celery_flows.store import FlowStepStatus, LeaseLost, StoreError, dispatch
 from celery_flows.store.changes import Completion
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import StepClaim
@@ -27,10 +26,12 @@ from celery_flows.tasks.inline import timed_out
 from celery_flows.tasks.interrupts import IN_PEACE, Interrupted, Interruptible
 from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on, surely, surely_held
 from celery_flows.tasks.loop import Loop, call
+from celery_flows.tasks.metrics import LEASES_LOST
 from celery_flows.tasks.payloads import result_codec
 from celery_flows.tasks.retry import NEVER, RetryRule
 from celery_flows.tasks.runtime import Runtime, claim_token
 from celery_flows.tasks.timeout import TimeIsUp
+from celery_flows.tasks.watch import Attempt
 
 log = logging.getLogger("celery_flows.steps")
 
@@ -62,10 +63,13 @@ def run_step(runtime: Runtime, run_id: str, delivery: Delivery) -> None:
         return
     try:
         surely_held(runtime, claim.holder, asked_at + lease)  # the claim may have taken longer than a lease itself
-        while (outcome := _attempt(runtime, claim, task, delivery)) is None:
-            surely_held(runtime, claim.holder, boottime())
-        completed = settle(runtime, claim, outcome)
+        with runtime.watch.celery_step(runtime, claim) as made:
+            while (outcome := _attempt(runtime, claim, task, delivery)) is None:
+                surely_held(runtime, claim.holder, boottime())
+            completed = settle(runtime, claim, outcome)
+            tell(made, outcome)
     except LeaseLost as lost:
+        runtime.watch.meter.add(LEASES_LOST, ("step",))
         log.info("%s", lost)
         return
     except StoreError as error:
@@ -173,6 +177,7 @@ def settle(runtime: Runtime, claim: StepClaim, outcome: Outcome, **how: Any) -> 
         **{**surely(runtime), **how},
     )
     if completed is None:
+        runtime.watch.meter.add(LEASES_LOST, ("step",))
         log.info("step %s: its lease was lost, its outcome is refused", claim.holder.run_id)
     return completed
 
@@ -192,11 +197,20 @@ def _settle_for(runtime: Runtime, worker: str, outcome: Callable[[StepClaim], Ou
     claim: StepClaim | None = runtime.store.run(dispatch.find_step_claim, worker)
     if claim is None:
         return False
+    came_to = outcome(claim)
     # Whoever asks sees to the leases of others, too, and asks again: no lock may hold that up for long.
-    completed = settle(runtime, claim, outcome(claim), lock_tries=TRIES)
+    completed = settle(runtime, claim, came_to, lock_tries=TRIES)
+    tell(made := Attempt(claim.definition, claim.task), came_to)
+    runtime.watch.settled(made)
     if completed is not None and completed.woke:
         runtime.call_worker(str(claim.flow_id))
     return True
+
+
+def tell(made: Attempt, outcome: Outcome) -> None:
+    """Says to whoever watches what an attempt came to."""
+    error = (outcome.error or {}).get("type")
+    made.came_to("retried" if isinstance(outcome, Again) else outcome.status.value, error)
 
 
 def go_on(runtime: Runtime, claim: StepClaim, queue: str | None, delivery: Delivery) -> None:
@@ -220,15 +234,3 @@ def delivery_of(request: Any, worker: str) -> Delivery:
     """What a Celery request says of its message."""
     info: Mapping[str, Any] = request.delivery_info or {}
     return Delivery(worker, info.get("routing_key"), any(request.timelimit or ()), request.hostname)
-
-
-def parse_id(field: str, value: Any) -> UUID:
-    """A flow id out of a message.
-
-    Raises:
-        InvalidData: it is none.
-    """
-    try:
-        return UUID(value)
-    except (ValueError, TypeError, AttributeError):
-        raise InvalidData(field, "is no flow id (a UUID)") from None

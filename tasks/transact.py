@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from celery_flows.store import FlowStepStatus, InvalidData
 from celery_flows.store.changes import StepWrite
 from celery_flows.store.script import is_conflict
-from celery_flows.tasks.inline import Attempts, step_name
+from celery_flows.tasks.inline import Attempts, code_name, step_name
 from celery_flows.tasks.loop import is_async
 from celery_flows.tasks.options import StepOptions, options_of
 from celery_flows.tasks.payloads import read_back, result_codec
@@ -48,7 +48,7 @@ def run_transaction(
     if known is not None and known.status.is_terminal:
         return replay.outcome(known, codec)
     what = f"result of step {place.name}"
-    attempts = Attempts(replay, place, options, known)
+    attempts = Attempts(replay, place, options, known, code_name(work))
     follow: Callable[[], None]
 
     def write(connection: Connection, began: float) -> StepWrite:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 from celery import Celery, bootsteps
 
+from celery_flows.tasks.logs import use_flow_logging
 from celery_flows.worker.flows import Flows
 
 app = Celery("celery_flows", set_as_current=False)
@@ -26,6 +27,7 @@ app.conf.update(
     task_send_sent_event=True,
 )
 flows = Flows(app)
+use_flow_logging(app)
 
 
 class BrokerIsSet(bootsteps.Step):

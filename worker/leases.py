@@ -15,6 +15,7 @@ from celery.worker import state
 
 from celery_flows.store import dispatch
 from celery_flows.store.clock import boottime
+from celery_flows.tasks.metrics import LEASES
 from celery_flows.tasks.runtime import NODE, Runtime, pid_of
 from celery_flows.tasks.steps import time_out
 from celery_flows.worker.processes import held_by, is_alive
@@ -47,11 +48,13 @@ class Leases:
             self._time_out()
             self._stops.settle(self._dead)
             if released := self._runtime.store.run(dispatch.release, list(self._dead)):
+                self._runtime.watch.meter.add(LEASES, ("released",), released)
                 log.warning("released %d leases of dead worker processes", released)
             self._dead = {token: looks - 1 for token, looks in self._dead.items() if looks > 1}
         if boottime() - self._renewed_at >= self._interval:
             if self._seen:
                 self._runtime.store.run(dispatch.renew, list(self._seen), self._runtime.settings.lease_seconds)
+                self._runtime.watch.meter.add(LEASES, ("renewed",), len(self._seen))
             self._renewed_at = boottime()
         self._stops.look(self._seen)
 
@@ -78,6 +81,7 @@ class Leases:
         store = self._runtime.store
         dead = [token for token in store.run(dispatch.list_holders, f"{NODE}/") if not is_alive(pid_of(token))]
         if given := store.run(dispatch.hand_back_all, dead):
+            self._runtime.watch.meter.add(LEASES, ("handed_back",), given)
             log.info("%d leases handed back", given)
 
     def _look(self) -> None:

@@ -21,6 +21,7 @@ from celery_flows.tasks.runtime import Runtime
 from celery_flows.tasks.stopping import Stopping
 from celery_flows.worker.guard import guard_tasks
 from celery_flows.worker.leases import Leases
+from celery_flows.worker.monitoring import open_endpoint
 from celery_flows.worker.pools import check_pool, keep_inputs_out_of_events, tell_of_processes
 
 log = logging.getLogger("celery_flows.worker")
@@ -87,6 +88,7 @@ class WorkerStep(bootsteps.StartStopStep):
 
         tell_of_processes(self.runtime.app, lost, self._leases.timed_out)
         keep_inputs_out_of_events(self.runtime.app)
+        self._endpoint = refuse_or(lambda: open_endpoint(self.runtime))
         self._observer = Observer(self.runtime) if self.runtime.mirrors else None
         if self._observer is not None:  # else Celery's signals have no handlers of ours
             self._observer.connect()
@@ -95,6 +97,8 @@ class WorkerStep(bootsteps.StartStopStep):
         self._watch_soft_shutdown(parent)
         for ticker in self._tickers:
             ticker.start()
+        if self._endpoint is not None:
+            self._endpoint.start()
         # Not in stop(), which comes before the pool's: that waits for what is running, and its leases must be kept.
         signals.worker_shutdown.connect(self._end, sender=parent, weak=False)
 
@@ -124,6 +128,8 @@ class WorkerStep(bootsteps.StartStopStep):
         every = max(HEARTBEAT_SECONDS, self.runtime.settings.sweep_seconds)
         if boottime() - self._heartbeat_at >= every:
             maintenance.heartbeat(self.runtime, maintenance.SWEEP, every)
+            if self._endpoint is not None:
+                self._endpoint.tallies.take_over()
             self._heartbeat_at = boottime()
 
     def _end(self, **_: Any) -> None:
@@ -131,6 +137,8 @@ class WorkerStep(bootsteps.StartStopStep):
         sweeper.stop()
         if self._observer is not None:
             self._observer.disconnect()
+        if self._endpoint is not None:
+            self._endpoint.stop()
         if self._leases.are_held_here():  # Python waits for threads before it ends, however cold the shutdown
             return
         keeper.stop()

@@ -32,6 +32,7 @@ from celery_flows.tasks.testing.replaced import asked_anew
 from celery_flows.tasks.testing.stubs import Stubs
 from celery_flows.tasks.testing.stuck import Stuck
 from celery_flows.tasks.wait_steps import WAIT_TIMED_OUT
+from celery_flows.tasks.watch import Watch
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -90,6 +91,7 @@ class Storeless:
         self.app: Celery = runtime.app
         self.registry: Registry = runtime.registry
         self.settings: FlowSettings = runtime.settings
+        self.watch = Watch()
 
     def before_body(self, step: str, body: Callable[..., Any]) -> None:
         """Nobody is told."""

@@ -16,7 +16,9 @@ from tests.acceptance.conftest import MakeTown, Town
 from tests.support.brokers import Broker
 from tests.support.commandline import CELERY, ROOT, Background, Project
 from tests.support.faults import closed_port
+from tests.support.scrape import ANY, PORT, ask, await_value, scrape
 from tests.support.shop import CONF
+from tests.support.tracing import INSTRUMENTED, SPANS, read_spans
 from tests.support.waiting import until
 
 SECRET = "hunter2"
@@ -40,6 +42,8 @@ class Watched:
         self.flower = self._start("flower", f"--port={port}", "--address=127.0.0.1", "--logging=debug")
         schedule = f"--schedule={town.directory / 'schedule'}"
         self.beat = self._start("beat", schedule, "--pidfile=", "--loglevel=DEBUG", "--max-interval=1")
+        self.spans = town.directory / "spans.jsonl"
+        town.environment |= {PORT: ANY, "FLOW_TRACING": "1", SPANS: str(self.spans), INSTRUMENTED: "yes"}
         self.worker = town.worker("-E", "--loglevel", "DEBUG")
         self.beat.wait_for("beat: Starting")
         self.flower.wait_for("Visit me at")
@@ -116,3 +120,20 @@ def test_a_secret_is_nowhere_but_in_the_database(watched: Watched) -> None:
     logs = {"worker": watched.worker.output, "beat": watched.beat.output, "flower": watched.flower.output}
     assert all(message in logs["worker"] for message in messages)
     assert [name for name, log in logs.items() if SECRET in log] == []
+
+
+def test_a_secret_is_in_no_metric_and_no_span(watched: Watched) -> None:
+    """Whatever a flow is told, and whatever its errors say of it."""
+    town = watched.town
+    handle = town.shop.private.start(SECRET, goal=SECRET, key=SECRET)
+    town.shop.flows.emit("letter", "private", SECRET)
+    until(lambda: handle.status() is FlowStatus.FAILED, "the flow has failed", within_seconds=30)
+    await_value(watched.worker, 1, "flows_ended_total", definition="shop/private", status="failed")
+
+    spans = [span for span in read_spans(watched.spans) if span.name.startswith("flow.")]
+    assert {"LookupError", "ValueError"} & {span.attributes.get("error.type") for span in spans}
+    told = {"metrics": scrape(watched.worker).text, "ready": ask(watched.worker, "/readyz")[1]}
+    told |= {"spans": watched.spans.read_text()}
+    assert "flow.step fail" in told["spans"]
+    assert 'step="fail"' in told["metrics"]
+    assert [name for name, text in told.items() if SECRET in text] == []

@@ -44,6 +44,7 @@ GIVEN = "SHOP_GIVEN"  # there at all: the shop makes its store itself
 CONF = "SHOP_CONF"  # settings of its Celery app, as JSON
 BELLS = "SHOP_BELLS"  # seconds between two rings of its bell, a flow that the clock starts; not there: it has none
 MIRRORS = "SHOP_MIRRORS"  # root tasks of these names are mirrored
+JSON_LOG = "SHOP_JSON_LOG"  # there at all: its programs write their logs as JSON
 DEFAULTS = "SHOP_DEFAULTS"  # there at all: durations are as in a real shop
 # Short, so that tests of recovery are: a real shop leaves these as they are.
 SHORT = {"flow_lease_seconds": 3, "flow_sweep_seconds": 0.2, "flow_republish_seconds": 2}

@@ -29,6 +29,10 @@ BAD: dict[str, list[Any]] = {
     "retain_days": [-1, 10**6, SECRET],
     "retain_failed_days": [-1, 10**6, SECRET],
     "imports": [7, [1, 2]],
+    "metrics_port": [-1, 65_536, 1.5, SECRET],
+    "metrics_address": [""],
+    "tracing": ["perhaps", 7],
+    "log_format": ["xml", 7, SECRET],
 }
 
 
@@ -59,7 +63,7 @@ def test_a_bad_value_is_told_in_one_sentence_that_names_it(name: str, value: Any
     assert len(said) < 300
 
 
-@pytest.mark.parametrize("name", [name for name in BAD if name not in ("imports",)])
+@pytest.mark.parametrize("name", [name for name in BAD if name not in ("imports", "metrics_address")])  # of any text
 def test_a_bad_value_in_the_environment_is_told_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"FLOW_{name.upper()}", SECRET)
     with pytest.raises(InvalidData) as refused:

@@ -26,7 +26,7 @@ class Flow(TypedDict):
     requester_origin: str | None
     mode: str  # managed, mirrored
     status: str  # created, running, waiting, cancelled, finished, failed
-    current_step: str | None
+    current_step: str | None  # the latest that was recorded or scheduled; of a flow that waits, what it waits for
     wait_json: dict[str, Any] | None  # what it waits for: kind, and topic and correlation_id, or at
     cancel_requested: bool
     revision: int
@@ -41,6 +41,7 @@ class Flow(TypedDict):
     paused_at: Time | None
     finished_at: Time | None
     retain_seconds: int | None  # for how long it is kept after its end; None: as is set
+    trace_id: str | None  # of its OpenTelemetry trace, if it was started with flow_tracing
     input_json: NotRequired[Any]  # this and what follows: with --payloads
     state_json: NotRequired[dict[str, Any]]
     result_json: NotRequired[Any]

@@ -16,10 +16,12 @@ from celery_flows.store import Flow, FlowEvent, FlowStep
 from celery_flows.store.models import FlowMode
 from celery_flows.store.views import Dispatched
 from celery_flows.tasks.replay import given_as, shown
+from celery_flows.tasks.spans import trace_id
 from celery_flows.worker.cli.words import about, describe_error, describe_wait, describe_work, duration
 from celery_flows.worker.output import moment
 
 PAYLOADS = frozenset({"input_json", "state_json", "result_json", "args_json", "payload_json"})
+MACHINERY = frozenset({"trace_json"})  # told as the id of the trace
 
 FLOW_COLUMNS = ("id", "flow", "status", "step", "owner", "updated")
 STEP_COLUMNS = ("#", "step", "status", "attempt", "began", "took", "error")
@@ -33,7 +35,7 @@ SHOWN_CHARACTERS = 200
 
 def flow_json(flow: Flow, *, payloads: bool = False) -> dict[str, Any]:
     """A flow as programs are told of it."""
-    return _record(flow, payloads)
+    return {**_record(flow, payloads), "trace_id": trace_id(flow.trace_json)}
 
 
 def step_json(step: FlowStep, *, payloads: bool = False) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def work_json(work: Dispatched, default_queue: str) -> dict[str, Any]:
 
 
 def _record(record: Flow | FlowStep | FlowEvent, payloads: bool) -> dict[str, Any]:
-    return record.model_dump(mode="json", exclude=None if payloads else set(PAYLOADS))
+    return record.model_dump(mode="json", exclude=set(MACHINERY if payloads else MACHINERY | PAYLOADS))
 
 
 # ---- as rows --------------------------------------------------------------------------------------------------------
@@ -89,6 +91,7 @@ def facts(flow: Flow, queued_at: datetime | None, *, payloads: bool) -> list[tup
         "child of": flow.parent_flow_id,
         "forked from": flow.forked_from,
         "goes on as": flow.continued_as,
+        "trace": trace_id(flow.trace_json),
         "mirrored": "yes" if flow.mode is FlowMode.MIRRORED else None,
         "error": describe_error(flow.error_json),
         "not undone": ", ".join((flow.error_json or {}).get("undo_failed", ())) or None,
