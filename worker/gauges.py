@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from celery_flows.store import FlowError, counts
 from celery_flows.store.counts import Counts
 from celery_flows.store.script import Call
+from celery_flows.store.tables import DISPATCH_KINDS
 from celery_flows.tasks import maintenance
 from celery_flows.tasks.metrics import PREFIX
 from celery_flows.tasks.runtime import Runtime
@@ -53,11 +54,12 @@ class Gauges(Collector):
         for definition, status, count in counted.open_flows:
             open_flows[self._known(definition), status.value] += count
         yield _gauge("open_flows", "Flows that have not ended, by the store.", ("definition", "status"), open_flows)
-        waiting = {(each.kind,): float(each.count) for each in counted.waiting}
+        none = {(kind,): 0.0 for kind in DISPATCH_KINDS}  # a curve that stops is not one that fell to 0
+        waiting = none | {(each.kind,): float(each.count) for each in counted.waiting}
         yield _gauge("waiting", "Work that is due or published, and that no worker holds.", ("kind",), waiting)
-        oldest = {(each.kind,): each.oldest_seconds for each in counted.waiting}
+        oldest = none | {(each.kind,): each.oldest_seconds for each in counted.waiting}
         yield _gauge("waiting_oldest_seconds", "How long the oldest of it has waited.", ("kind",), oldest)
-        held = {(kind,): float(count) for kind, count in counted.held}
+        held = none | {(kind,): float(count) for kind, count in counted.held}
         yield _gauge("held", "Work that a worker holds the lease of.", ("kind",), held)
         queued: Counter[tuple[str, ...]] = Counter()
         for definition, count in counted.queued:
