@@ -27,8 +27,10 @@ def as_utc(field: str, value: datetime) -> datetime:
     """The same instant in UTC.
 
     Raises:
-        InvalidData: for a naive datetime.
+        InvalidData: for a naive datetime, or what is none.
     """
+    if not isinstance(value, datetime):
+        raise InvalidData(field, f"must be a datetime with a time zone, not {type(value).__name__}")
     if value.tzinfo is None or value.utcoffset() is None:
         raise InvalidData(field, "needs a time zone, e.g. datetime.now(UTC)")
     return value.astimezone(UTC)

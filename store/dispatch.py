@@ -38,6 +38,7 @@ class DriveClaim:
     open_members: int
     join_group: int
     queue: str | None
+    priority: int | None
     parent_run_id: str | None  # of a child flow: the step that it is of its parent
     limit_key: str | None  # of a limited flow
     began: bool  # nobody claimed it before, and it took nothing over, so there is no history
@@ -133,6 +134,7 @@ def claim_drive(
         open_members=row["open_members"],
         join_group=row["join_group"],
         queue=row["queue"],
+        priority=row["priority"],
         parent_run_id=row["parent_run_id"],
         limit_key=row["limit_key"],
         began=row["was"] == "created" and row["fence"] == 1 and row["forked_from"] is None,

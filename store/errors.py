@@ -47,7 +47,7 @@ class InvalidData(FlowError):
 
 
 class KeyConflict(InvalidData):
-    """An idempotency key was used again with other input."""
+    """An idempotency key was used again with other input, and its flow has not started anew."""
 
     def __init__(self, controller_id: str, key: str, flow_id: UUID) -> None:
         self.controller_id, self.key, self.flow_id = controller_id, key, flow_id
@@ -130,7 +130,7 @@ class LeaseLost(FlowError):
 
 class StartPending(FlowError):
     """Another transaction that is still open is starting a flow with this key (None: with one of the keys of many).
-    Try again when it has ended."""
+    Nothing was written, and the caller's own transaction can go on. Try again when the other has ended."""
 
     def __init__(self, controller_id: str, key: str | None) -> None:
         self.controller_id, self.key = controller_id, key

@@ -20,7 +20,7 @@ from celery_flows.store import transitions
 from celery_flows.store.changes import Change, StepWrite, Wake, change_of, follow_up
 from celery_flows.store.errors import FlowNotFound
 from celery_flows.store.models import Flow, FlowStatus, FlowStepStatus
-from celery_flows.store.operations import change_flow, lock_flow, now, reads, writes
+from celery_flows.store.operations import change_flow, dialect, lock_flow, now, reads, writes
 from celery_flows.store.tables import FLOW_COLUMNS, flow_dispatch, flow_inbox, flow_steps, flows
 from celery_flows.store.validation import check_name, encode_json
 from celery_flows.store.waits import due_at, event_key
@@ -68,7 +68,7 @@ def is_taken(conn: Connection, event_id: UUID) -> bool:
     earlier = sa.and_(_i.event_key == event.event_key, _i.consumed_by.is_(None), _i.position < event.position)
     if conn.scalar(sa.select(_i.position).where(earlier).limit(1)) is not None:
         return False
-    return conn.scalar(_longest_waiting(event.event_key).with_only_columns(flows.c.id)) is not None
+    return conn.scalar(_longest_waiting(conn, event.event_key).with_only_columns(flows.c.id)) is not None
 
 
 @writes
@@ -86,7 +86,7 @@ def hand_over_next(conn: Connection, key: str) -> UUID | None:
     ).first()
     if event is None:
         return None
-    row = conn.execute(_longest_waiting(key).with_for_update(key_share=True)).mappings().first()
+    row = conn.execute(_longest_waiting(conn, key).with_for_update(key_share=True)).mappings().first()
     if row is None:
         return None
     flow = Flow.of_row(row)
@@ -98,10 +98,14 @@ def hand_over_next(conn: Connection, key: str) -> UUID | None:
     return flow.id
 
 
-def _longest_waiting(key: str) -> sa.Select[Any]:
-    """The flow that has waited longest for an event of this key."""
+def _longest_waiting(conn: Connection, key: str) -> sa.Select[Any]:
+    """The flow that has waited longest for an event of this key. Its step tells since when: whatever wakes the flow in
+    between, or is written to its row, moves ``rest_at``. A flow that no definition drives has none."""
     waits = sa.and_(flows.c.wait_key == key, flows.c.status == FlowStatus.WAITING, flows.c.cancel_requested.is_(False))
-    return sa.select(*FLOW_COLUMNS).where(waits).order_by(flows.c.rest_at, flows.c.id).limit(1)
+    step = sa.and_(flow_steps.c.flow_id == flows.c.id, flow_steps.c.run_id == dialect(conn).wait_run_id())
+    since = sa.select(flow_steps.c.created_at).where(step).scalar_subquery()
+    first = sa.func.coalesce(since, flows.c.rest_at), flows.c.id
+    return sa.select(*FLOW_COLUMNS).where(waits).order_by(*first).limit(1)
 
 
 def resumption(conn: Connection, flow: Flow, told: dict[str, Any], payload: Any) -> Change:

@@ -22,6 +22,18 @@ def new_id() -> UUID:
     return uuid_utils.compat.uuid7()
 
 
+def parse_id(field: str, value: Any) -> UUID:
+    """A flow's id, of whatever says it.
+
+    Raises:
+        InvalidData: it is none.
+    """
+    try:
+        return value if isinstance(value, UUID) else UUID(value)
+    except (ValueError, TypeError, AttributeError):
+        raise InvalidData(field, "is no flow id (a UUID)") from None
+
+
 class FlowStatus(StrEnum):
     CREATED = "created"
     RUNNING = "running"

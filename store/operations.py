@@ -107,10 +107,16 @@ def find_inserted(conn: Connection, flow: Flow) -> bool | None:
 @writes_once
 def create_flow(conn: Connection, flow: Flow, payload: dict[str, Any], drive: Drive | None = None) -> bool:
     """Inserts the flow, its ``created`` event and, if it is driven, its drive row. False: id or key are taken."""
-    driven = {} if drive is None else {"driven": True}  # an audit must know whose drive row is missing
+    driven = {} if drive is None else told_of_drive(drive)
     told = encode_json("payload", {**payload, **driven, "set": created_columns(flow)})
     at = dialect(conn).create(conn, flow, "created", told, wait_key(flow.wait_json), drive)
     return at is not None
+
+
+def told_of_drive(drive: Drive) -> dict[str, Any]:
+    """What a ``created`` event tells of the drive row, which is gone when the flow has ended: that there is one, for an
+    audit, and its priority, for those that go back to the flow."""
+    return {"driven": True} if drive.priority is None else {"driven": True, "priority": drive.priority}
 
 
 def created_columns(flow: Flow) -> dict[str, Any]:

@@ -364,8 +364,8 @@ _CLAIM_DRIVE = sa.text(
         d AS (UPDATE flow_dispatch d SET {_TAKE}, queued_at = NULL, urgency = NULL FROM f
           WHERE d.run_id = CAST(f.id AS text) AND d.task IS NOT NULL AND {_CLAIMABLE}
             AND (d.limit_key IS NULL OR d.has_slot OR f.ends)
-          RETURNING d.flow_id, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue, d.parent_run_id,
-            d.limit_key),
+          RETURNING d.flow_id, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue, d.priority,
+            d.parent_run_id, d.limit_key),
         u AS (UPDATE flows SET status = CASE WHEN cancel_requested THEN status ELSE 'running' END,
             wait_json = CASE WHEN cancel_requested THEN wait_json END,
             wait_key = CASE WHEN cancel_requested THEN wait_key END,
@@ -377,8 +377,8 @@ _CLAIM_DRIVE = sa.text(
             jsonb_build_object('set', jsonb_build_object('status', u.status, 'wait_json', u.wait_json),
               'worker', CAST(:worker AS text), 'fence', d.fence), u.updated_at
           FROM u, d, f)
-        SELECT u.*, f.was, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue, d.parent_run_id,
-          d.limit_key, {NOW} AS now
+        SELECT u.*, f.was, d.fence, d.wakes, d.crash_count, d.open_members, d.join_group, d.queue, d.priority,
+          d.parent_run_id, d.limit_key, {NOW} AS now
         FROM u, d, f"""
 ).columns(*FLOW_COLUMNS)
 
@@ -506,6 +506,11 @@ def planned_rows(conn: Connection, query: sa.Select[Any]) -> int | None:
     text = query.compile(dialect=conn.dialect, compile_kwargs={"literal_binds": True})
     (plan,) = conn.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {text}").scalar_one()
     return int(plan["Plan"]["Plan Rows"])
+
+
+def wait_run_id() -> sa.ColumnElement[str]:
+    """The run id of the step by which a flow waits; NULL: it has none."""
+    return sa.func.jsonb_extract_path_text(flows.c.wait_json, "run_id")
 
 
 # ---- engines --------------------------------------------------------------------------------------------------------

@@ -37,6 +37,14 @@ class Seen:
     skipped: list[datetime] = field(default_factory=list)  # slots at which the flow of the one before was still open
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Slots that a schedule has passed over."""
+
+    count: int
+    last: datetime
+
+
 @writes
 def start_due(conn: Connection, name: str, due: Due, flow_at: FlowAt, overlap: Overlap) -> Seen:
     """Starts a flow for each slot that is due, all in one transaction.
@@ -68,6 +76,7 @@ def start_due(conn: Connection, name: str, due: Due, flow_at: FlowAt, overlap: O
         flow_before = [flow.controller_id, flow.idempotency_key]
     if slots or not row:
         told = {"slot": (slots[-1] if slots else at).isoformat(), "flow": flow_before}
+        told["skipped"] = _skipped(row.get("skipped"), seen.skipped)
         conn.execute(sa.update(flow_heartbeats).where(_h.name == name).values(at=at, report=told))
     return seen
 
@@ -79,9 +88,22 @@ def last_slot(conn: Connection, name: str) -> datetime | None:
 
 
 @reads
+def skipped(conn: Connection, name: str) -> Skipped | None:
+    """The slots that were ever passed over, for the flow of the one before was still open; None: there are none."""
+    told = (_row(conn, name, lock=False) or {}).get("skipped")
+    return None if told is None else Skipped(told["count"], datetime.fromisoformat(told["last"]))
+
+
+@reads
 def is_held_up(conn: Connection, name: str) -> bool:
     """Whether the flow of the slot that was seen to last is still open."""
     return _is_open(conn, (_row(conn, name, lock=False) or {}).get("flow"))
+
+
+def _skipped(before: Mapping[str, Any] | None, now: Sequence[datetime]) -> Mapping[str, Any] | None:
+    if not now:
+        return before
+    return {"count": len(now) + (before["count"] if before else 0), "last": now[-1].isoformat()}
 
 
 def _slot(row: Mapping[str, Any] | None) -> datetime | None:

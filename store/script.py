@@ -6,6 +6,7 @@ what went wrong, and returns the answer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, SQLAlch
 
 from celery_flows.store.backoff import full_jitter
 from celery_flows.store.errors import FlowError, StoreError
+
+log = logging.getLogger("celery_flows.store")
 
 T = TypeVar("T")
 
@@ -39,6 +42,7 @@ Script = Generator[Call | Pause, Any, T]
 TRIES = 8
 PATIENCE_SECONDS = 1.5  # of pauses between tries to reach the database again
 LOCK_NOT_AVAILABLE = "55P03"
+DATA_EXCEPTION = "22"  # the class of SQL states of values that are no number, no time, too long
 CONFLICTS = frozenset({"40P01", "40001", LOCK_NOT_AVAILABLE})
 
 
@@ -48,7 +52,7 @@ def attempts(
     again: dict[str, Any] | None = None,
     *,
     patience: float = PATIENCE_SECONDS,
-    waits_for_locks: bool = True,
+    lock_tries: float = TRIES,
 ) -> Script[Any]:
     """Runs ``call``; deadlocks, serialization failures, held locks and a busy database are tried again from the start.
 
@@ -58,12 +62,12 @@ def attempts(
 
     Args:
         patience: seconds of pauses in which an unreachable database is tried again.
-        waits_for_locks: whether a lock that somebody holds for long is worth further tries.
+        lock_tries: how often it is tried again to get a lock that somebody holds for long.
 
     Raises:
         StoreError: the database refused or cannot be reached; the driver's error is the cause.
     """
-    conflicts, waited, in_doubt = 0, 0.0, False
+    conflicts, locked_out, waited, in_doubt = 0, 0, 0.0, False
     while True:
         try:
             answer = yield call
@@ -72,7 +76,12 @@ def attempts(
                 found = yield from attempts(settled)
                 if found is not None:
                     return found
-            if is_conflict(error, waits_for_locks) and conflicts < TRIES:
+            if is_lock_timeout(error) and locked_out < lock_tries:
+                locked_out += 1
+                pause = full_jitter(locked_out, first=0.01, cap=0.5)
+                if locked_out == TRIES + 1:
+                    log.warning("an open transaction holds a lock for long; what needs it is tried again and again")
+            elif is_conflict(error) and not is_lock_timeout(error) and conflicts < TRIES:
                 conflicts += 1
                 pause = full_jitter(conflicts, first=0.01, cap=0.5)
             elif is_lost(error) and waited < patience:
@@ -100,14 +109,16 @@ def attempts(
             call = Call(call.operation, call.args, {**call.kwargs, **again})
 
 
-def is_conflict(error: SQLAlchemyError, waits_for_locks: bool = True) -> bool:
+def is_conflict(error: SQLAlchemyError) -> bool:
     """Whether the database ended the transaction in somebody else's favour: run it again from the start."""
     if not isinstance(error, DBAPIError):
         return False
-    state = getattr(error.orig, "sqlstate", None)
-    if state == LOCK_NOT_AVAILABLE and not waits_for_locks:
-        return False
-    return state in CONFLICTS or "database is locked" in str(error.orig)
+    return getattr(error.orig, "sqlstate", None) in CONFLICTS or "database is locked" in str(error.orig)
+
+
+def is_lock_timeout(error: BaseException | None) -> bool:
+    """Whether somebody held a lock for longer than the connection waits for one. Of PostgreSQL alone."""
+    return getattr(getattr(error, "orig", None), "sqlstate", None) == LOCK_NOT_AVAILABLE
 
 
 def is_lost(error: SQLAlchemyError) -> bool:
@@ -149,7 +160,10 @@ def _hide_values(error: DBAPIError) -> None:
 
 
 def first_line(error: SQLAlchemyError) -> str:
-    """What the driver said, without statement, parameters and details."""
+    """What the driver said, without statement, parameters and details; of data that does not fit only the error's name,
+    for there PostgreSQL repeats it."""
     said = error.orig if isinstance(error, DBAPIError) else error
+    if str(getattr(said, "sqlstate", None)).startswith(DATA_EXCEPTION):
+        return type(said).__name__
     lines = str(said).strip().splitlines()
     return lines[0] if lines else type(said).__name__

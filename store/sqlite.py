@@ -580,6 +580,11 @@ def planned_rows(conn: Connection, query: sa.Select[Any]) -> int | None:
     return None
 
 
+def wait_run_id() -> sa.ColumnElement[str]:
+    """The run id of the step by which a flow waits; NULL: it has none."""
+    return func.json_extract(flows.c.wait_json, "$.run_id")
+
+
 # ---- engines --------------------------------------------------------------------------------------------------------
 
 BUSY_TIMEOUT_MS = 10_000

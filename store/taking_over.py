@@ -48,8 +48,19 @@ class Origin:
     flow: Flow
     steps: Sequence[FlowStep]
     told: dict[str, Told] = field(default_factory=dict)  # by run id
-    first_state: dict[str, Any] = field(default_factory=dict)  # its state_json when it was created
+    created: dict[str, Any] = field(default_factory=dict)  # what its first event tells
     states: dict[str, dict[str, Any]] = field(default_factory=dict)  # run id of a step that updated it → as of then
+
+    @property
+    def first_state(self) -> dict[str, Any]:
+        """Its ``state_json`` when it was created."""
+        state: dict[str, Any] = self.created.get("set", {}).get("state_json", {})
+        return state
+
+    @property
+    def priority(self) -> int | None:
+        """That it was started with; None: none, or by a version that did not tell."""
+        return self.created.get("priority")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +94,7 @@ def read_origin(conn: Connection, flow_id: UUID) -> Origin | None:
 def _take_in(origin: Origin, event: FlowEvent) -> None:
     payload = event.payload_json
     if event.kind == "created":
-        origin.first_state.update(payload.get("set", {}).get("state_json", {}))
+        origin.created.update(payload)
     run_id = payload.get("run_id")
     if not isinstance(run_id, str):
         return

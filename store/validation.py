@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from celery_flows.store.errors import InvalidData
@@ -38,6 +39,27 @@ def check_text(field: str, value: Any, *, limit: int = MAX_TEXT_CHARS) -> str:
     if _unstorable(value):
         raise InvalidData(field, "contains a NUL character or a lone surrogate, which PostgreSQL cannot store")
     return value
+
+
+def check_list(field: str, values: Iterable[Any]) -> list[Any]:
+    """The values, if they are many.
+
+    Raises:
+        InvalidData: they are one, though one that can be taken apart.
+    """
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise InvalidData(field, f"must be a list, not {type(values).__name__}")
+    return list(values)
+
+
+def check_mapping(field: str, value: Any) -> None:
+    """Says nothing if it is a dictionary.
+
+    Raises:
+        InvalidData: it is none.
+    """
+    if not isinstance(value, dict):
+        raise InvalidData(field, f"must be a dictionary, not {type(value).__name__}")
 
 
 def check_priority(value: Any) -> int:

@@ -7,9 +7,10 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict
 
-from celery_flows.store.validation import check_name
+from celery_flows.store.validation import MAX_NAME_CHARS, check_name
 
 TOPIC = "approval"
+MAX_CHARS = MAX_NAME_CHARS - len(f"{TOPIC} ")  # of a name, which is a part of the topic
 
 
 class Approval(BaseModel):
@@ -29,4 +30,13 @@ def approval_key(flow_id: UUID, name: str) -> tuple[str, str]:
     Raises:
         InvalidData: the name is empty or too long.
     """
-    return f"{TOPIC} {check_name('approval', name)}", str(flow_id)
+    return f"{TOPIC} {check_approval(name)}", str(flow_id)
+
+
+def check_approval(name: str) -> str:
+    """``name``, if an approval can have it.
+
+    Raises:
+        InvalidData: it is empty or too long.
+    """
+    return check_name("approval", name, limit=MAX_CHARS)

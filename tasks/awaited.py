@@ -12,7 +12,7 @@ from uuid import UUID, uuid5
 from celery_flows.store import FlowNotFound, FlowStatus
 from celery_flows.store.clock import as_utc
 from celery_flows.store.validation import check_name
-from celery_flows.tasks.approval import Approval, approval_key
+from celery_flows.tasks.approval import Approval, approval_key, check_approval
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.options import check_duration
@@ -52,7 +52,7 @@ class Decision:
     name: str
 
     def __post_init__(self) -> None:
-        check_name("approval", self.name)
+        check_approval(self.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ def _run_async(definition: FlowDefinition[Any, Any], replay: Replay, run: AsyncR
     async def play() -> Any:
         value = await definition.function(run, *arguments)
         replay.refuse_beside("the function's end")
+        replay.refuse_forgotten()
         return value
 
     try:

@@ -10,13 +10,14 @@ from typing import Any
 from celery import Celery
 
 from celery_flows.store import InvalidData
+from celery_flows.store.models import parse_id
 from celery_flows.store.validation import check_name
 from celery_flows.tasks import maintenance, slots
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.errors import UnknownFlow
 from celery_flows.tasks.publish import DRIVE_TASK, STEP_TASK
 from celery_flows.tasks.runtime import Runtime, worker_token
-from celery_flows.tasks.steps import delivery_of, parse_id, run_step
+from celery_flows.tasks.steps import delivery_of, run_step
 
 log = logging.getLogger("celery_flows.tasks")
 

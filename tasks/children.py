@@ -49,11 +49,10 @@ def child_member(
         deadline_at=deadline,
         trace_json=definition._runtime.watch.spans.carrier(),
     )
-    queue = definition.queue if definition.queue is None else check_name("queue", definition.queue)
     args = encode_json("child", {**place.kept(), "cleanup": True} if cleanup else place.kept())
     name = check_name("step", definition.name)
     return Member(
-        place.run_id, name, place.position, args, queue, definition.priority, child=flow,
+        place.run_id, name, place.position, args, definition.queue, definition.priority, child=flow,
         limit_key=definition.limit_key(flow.input_json),
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import DriveClaim
 from celery_flows.store.models import TERMINAL
 from celery_flows.tasks.errors import FlowCancelled, FlowTimedOut
-from celery_flows.tasks.lease import let_go, surely_held
+from celery_flows.tasks.lease import let_go, surely, surely_held
 from celery_flows.tasks.loop import Loop
 from celery_flows.tasks.metrics import CONFLICTS, LEASES_LOST
 from celery_flows.tasks.options import StepOptions
@@ -114,8 +114,7 @@ class Claimed:
             if self.kept_from_going_on:
                 columns = {"error_json": None, **columns}
             change = Change(self.flow.id, self.revision, kind, columns, **more)
-            # What is written is the outcome of work: worth trying for as long as the lease is likely to last.
-            self.is_due_again = self.runtime.store.change(change, patience=self.patience).is_due
+            self.is_due_again = self.runtime.store.change(change, **surely(self.runtime)).is_due
 
         self.under_revision(write)
         self.kept_from_going_on = False
@@ -127,11 +126,6 @@ class Claimed:
             self.write(
                 lambda: (f"step_{step.status.value}", {"current_step": current_step}), step=step, forgive=self.crashed
             )
-
-    @property
-    def patience(self) -> float:
-        """Seconds for which a write is tried while the database cannot be reached."""
-        return self.runtime.settings.lease_seconds / 2
 
     def under_revision(self, write: Callable[[], T]) -> T:
         """Has ``write`` write one revision; tried again whenever somebody else has written one.

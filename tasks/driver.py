@@ -221,7 +221,7 @@ class Driver(Telling):
         )
         if self.open_members:
             self.settle_members()
-        drive = definition.drive_row(definition.limit_key(flow.input_json))
+        drive = definition.drive_row(definition.limit_key(flow.input_json), self.claim.priority)
         columns = {"status": FlowStatus.FINISHED, "wait_json": None, "idempotency_key": None, "continued_as": flow.id}
         with self.runtime.watch.spans.starting(definition.name, apart=True) as started, self.unwinding():
             flow = flow.model_copy(update={"trace_json": started.carrier})
@@ -275,7 +275,7 @@ class Driver(Telling):
         """Parks the flow until the timer is due, in one transaction, and suspends."""
         with self.unwinding():
             self.write(
-                lambda: ("waiting", {"status": FlowStatus.WAITING, "wait_json": wait_json(timer)}),
+                lambda: ("waiting", _waits(timer, step)),
                 step=step, drive=Park(self.holder, self.claim.wakes, self.at_the_latest(timer.at)),
                 illegal_after_cancel=True,
                 forgive=self.crashed,
@@ -291,7 +291,7 @@ class Driver(Telling):
         """
         with self.unwinding():
             self.write(
-                lambda: ("waiting", {"status": FlowStatus.WAITING, "wait_json": wait_json(wait)}),
+                lambda: ("waiting", _waits(wait, step)),
                 step=step, illegal_after_cancel=True, forgive=self.crashed,
             )  # fmt: skip
             while True:
@@ -322,3 +322,7 @@ class Driver(Telling):
             return False
         self.revision += 1
         return True
+
+
+def _waits(wait: TimerWait | ExternalEventWait, step: StepWrite) -> dict[str, Any]:
+    return {"status": FlowStatus.WAITING, "wait_json": wait_json(wait), "current_step": step.task}

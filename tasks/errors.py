@@ -56,8 +56,9 @@ class FlowTimedOut(FlowError):
 
 
 class HistoryMismatch(FlowError):
-    """The flow function came to another step than the one that history has in that place: it is not the function by
-    which the flow began. The flow is left alone until a worker has that one."""
+    """The flow function came to another step than the one that history has in that place, or to a wait for another
+    correlation id: it is not the function by which the flow began, or does not do the same each time. The flow is
+    left alone until a worker has one that fits."""
 
     def __init__(self, expected: str, found: str, position: int) -> None:
         self.expected, self.found, self.position = expected, found, position

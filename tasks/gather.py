@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeGuard, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
-from celery import Signature, Task
+from celery import Signature
 
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.changes import Join, Member, StepWrite
@@ -17,13 +17,12 @@ from celery_flows.tasks.children import ChildFlow, check_depth, child_member
 from celery_flows.tasks.errors import FlowCancelled, StepFailed
 from celery_flows.tasks.failures import is_of_engine
 from celery_flows.tasks.inline import InlineStep
-from celery_flows.tasks.members import Remote, codec_of, member_name, member_of
+from celery_flows.tasks.members import codec_of, member_name, member_of
 from celery_flows.tasks.options import StepOptions, options_of
 from celery_flows.tasks.payloads import Codec
 from celery_flows.tasks.replay import Place, Replay
 from celery_flows.tasks.side_by_side import SideBySide
-
-Work: TypeAlias = Remote | Callable[[], Any]
+from celery_flows.tasks.work import Work, check_member, is_remote
 
 Which = TypeVar("Which", int, str)
 T = TypeVar("T")
@@ -73,7 +72,7 @@ class Gather:
             InvalidData: they cannot.
         """
         for work in works:
-            check_work(work)
+            check_member(work)
         if options.key and len(works) > 1:
             raise InvalidData("step key", "is of one step, not of a gather")
         if options.name and any(map(is_remote, works)):
@@ -243,23 +242,6 @@ class Gather:
         timeout = self._options.timeout or child.definition.timeout
         deadline = None if timeout is None else self._driver.now() + timeout
         return child_member(self._driver.flow, place, child, deadline, cleanup=self._replay.cleaning)
-
-
-def is_remote(work: Work) -> TypeGuard[Remote]:
-    """Whether it runs, or is waited for, elsewhere: a Celery task or a flow of its own."""
-    return isinstance(work, Signature | ChildFlow | Awaited)
-
-
-def check_work(work: Any) -> None:
-    """Says nothing if it can be a member of a gather.
-
-    Raises:
-        InvalidData: it cannot.
-    """
-    if isinstance(work, Task) or not (is_remote(work) or callable(work)):
-        kind = type(work).__name__ if not isinstance(work, Task) else "a bare task"
-        takes = "task.s(…), flow.s(…), Event, Decision, Timer and functions without arguments"
-        raise InvalidData("gather", f"takes {takes}, not {kind}")
 
 
 def _function(app: Any, work: Any) -> Any:

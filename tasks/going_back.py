@@ -20,6 +20,7 @@ from celery_flows.store.errors import IllegalTransition
 from celery_flows.store.models import FlowMode
 from celery_flows.store.script import Call
 from celery_flows.store.taking_over import Origin
+from celery_flows.store.validation import check_mapping
 from celery_flows.tasks.prefix import before, find_step, state_after, taken_over, until_failure
 from celery_flows.tasks.replay import is_undoing
 from celery_flows.tasks.spans import Starting
@@ -35,8 +36,8 @@ def fork(
     """The id of the new flow. See :meth:`FlowHandle.fork`."""
     if not isinstance(from_step, str):
         raise InvalidData("from_step", "is the name of a step, name#2 for the second of a name, or a run id")
-    if state is not None and not isinstance(state, dict):
-        raise InvalidData("state", "must be a dictionary")
+    if state is not None:
+        check_mapping("state", state)
     origin, store, caller = _origin(runtime, flow_id, session)
     steps = before(origin, find_step(origin, from_step))
     with runtime.watch.spans.starting(origin.flow.controller_id, origin=origin.flow.trace_json) as started:
@@ -97,7 +98,7 @@ def _begin(
         trace_json=started.carrier,
     )
     started.tell(flow.id)
-    drive = definition.drive_row(definition.limit_key(flow.input_json))
+    drive = definition.drive_row(definition.limit_key(flow.input_json), origin.priority)
     call = Call(taking_over.create_taking_over, (flow, drive, taken_over(origin, steps, flow.id, state)))
     store.attempt(call, settled=Call(op.find_created, (flow,)))
     once_committed(caller, lambda: runtime.publisher.publish(drive_hint(flow.id, drive)))

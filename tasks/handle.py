@@ -22,14 +22,14 @@ from celery_flows.store import operations as op
 from celery_flows.store.models import new_id
 from celery_flows.store.script import Call
 from celery_flows.store.transitions import check_open
-from celery_flows.store.validation import check_name
+from celery_flows.store.validation import MAX_PAYLOAD_BYTES, check_mapping, check_name, check_text
 from celery_flows.tasks import going_back
 from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.approval import Approval, approval_key
 from celery_flows.tasks.emit import emit
 from celery_flows.tasks.errors import FlowCancelled, FlowFailed, ResultTimedOut
 from celery_flows.tasks.failures import cause_of
-from celery_flows.tasks.polling import apoll
+from celery_flows.tasks.polling import apoll, check_seconds
 from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
 if TYPE_CHECKING:
@@ -87,11 +87,13 @@ class FlowHandle(Generic[Out]):
             timeout: seconds; None waits for as long as it takes.
 
         Raises:
+            InvalidData: the timeout is no number.
             FlowFailed: it failed; says why.
             FlowCancelled: it was cancelled.
             ResultTimedOut: it has not ended in time. The flow goes on.
             FlowNotFound: as :meth:`get`.
         """
+        check_seconds("timeout", timeout)
         return self._outcome(self._runtime.wait_until(self._look, timeout), timeout)
 
     def _outcome(self, flow: Flow | None, timeout: float | None) -> Out:
@@ -197,6 +199,7 @@ class FlowHandle(Generic[Out]):
 
     def _decide(self, name: str, granted: bool, by: str, comment: str, session: Transaction | None) -> bool:
         check_name("by", by)
+        check_text("comment", comment, limit=MAX_PAYLOAD_BYTES)
 
         def decide(store: SqlFlowStore, flow_id: UUID) -> bool:
             key = approval_key(flow_id, name)
@@ -212,9 +215,12 @@ class FlowHandle(Generic[Out]):
         has the payload merged into its state.
 
         Raises:
+            InvalidData: the payload is no dictionary, or cannot be JSON.
             IllegalTransition: it does not wait.
             FlowNotFound: as :meth:`get`.
         """
+        if payload is not None:
+            check_mapping("payload", payload)
         write_id = new_id()
 
         def resume(store: SqlFlowStore, flow_id: UUID) -> object:
@@ -272,6 +278,7 @@ class FlowHandle(Generic[Out]):
 
     async def aresult(self, timeout: float | None = None) -> Out:
         """:meth:`FlowHandle.result`, awaited. No thread waits along."""
+        check_seconds("timeout", timeout)
         return self._outcome(await apoll(lambda: asyncio.to_thread(self._look), timeout), timeout)
 
     async def acancel(self, *, session: AsyncTransaction | None = None) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, TypeVar
 
-from celery_flows.tasks.timeout import TimeIsUp
+from celery_flows.tasks.timeout import TimeIsUp, is_within
 
 T = TypeVar("T")
 
@@ -100,19 +100,19 @@ class Interrupts:
             _SLOT.pack_into(self._slots, os.getpid() * _SLOT.size, bytes(4), 0)
 
     def _strike(self, _signal: int, frame: FrameType | None) -> None:
-        is_here = frame is not None and frame.f_code.co_filename == __file__  # it has not begun, or has just ended
         if (body := self._body) is None or body.struck:
             return
         if isinstance(body, _Beside):
             body.struck = True
             body.cancel()
-        elif not is_here:
+        elif not is_within(frame, __name__):  # there it has not begun, or has just ended
             body.struck = True
             raise Interrupted
 
 
 class _Body:
-    """A body while it runs. A class, not a generator: the signal must not strike on its way in or out."""
+    """A body while it runs. A class, not a generator: neither the signal nor a timeout's alarm may strike on its way in
+    or out, and both know that way by this module."""
 
     def __init__(self, interrupts: Interrupts, claim: str) -> None:
         self._interrupts = interrupts

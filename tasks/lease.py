@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from math import inf
+from typing import Any
 
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 
@@ -35,6 +37,16 @@ def surely_held(runtime: Runtime, holder: Holder, until: float) -> float:
             raise LeaseLost(holder.run_id)
         until = asked_at + runtime.settings.lease_seconds
     return until
+
+
+def surely(runtime: Runtime) -> dict[str, Any]:
+    """How a store tries to write the outcome of work, which would else have to be done again.
+
+    While the database cannot be reached, for as long as the lease is likely to last. While an open transaction holds a
+    lock, for as long as that takes, also if the worker is told to stop: the lease is renewed meanwhile, and where it
+    cannot be, for its row is locked, nobody can take it either. A lease that was lost refuses the write.
+    """
+    return {"patience": runtime.settings.lease_seconds / 2, "lock_tries": inf}
 
 
 def let_go(runtime: Runtime, holder: Holder, error: BaseException) -> None:

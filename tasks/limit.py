@@ -13,6 +13,7 @@ from celery_flows.store.limits import Bounds
 from celery_flows.store.validation import check_name
 from celery_flows.tasks.options import check_duration
 
+SHORTEST = timedelta(seconds=1)  # of the times within which so many may begin
 MOST_STARTS = 1000  # the times of the last so many are kept with the limit
 
 
@@ -49,7 +50,8 @@ class Limit:
         if self.every is None and self.at_once is not None:
             raise InvalidData("limit at_once", "goes with every=; alone it is Limit(3)")
         if self.every is not None:
-            check_duration("limit every", self.every)
+            if check_duration("limit every", self.every) < SHORTEST:
+                raise InvalidData("limit every", "must be a second or more")
             if self.count > MOST_STARTS:
                 raise InvalidData(
                     "limit", f"is {self.count} within a time; {MOST_STARTS} are allowed: take a shorter one"

@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable, Collection, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ class Loop:
     """
 
     def __init__(self) -> None:
-        self._runner: asyncio.Runner | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._main: asyncio.Task[Any] | None = None
         self.is_ending = False  # tasks that are left over are being cancelled
 
@@ -44,9 +43,9 @@ class Loop:
         if asyncio._get_running_loop() is not None:
             coroutine.close()
             raise InvalidData("event loop", "runs in this thread; call it in another, by await asyncio.to_thread(…)")
-        if self._runner is None:
-            self._runner = asyncio.Runner(loop_factory=_new_loop)
-        loop = self._runner.get_loop()
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+        loop = self._loop
         self._main = main = loop.create_task(coroutine)
         try:
             return loop.run_until_complete(main)
@@ -61,9 +60,15 @@ class Loop:
             self._main.cancel()
 
     def close(self) -> None:
-        """Ends the loop."""
-        if self._runner is not None:
-            self._runner.close()
+        """Ends the loop. Threads that its coroutines have left behind are not waited for: a call in one may never
+        return, and would keep the worker's process with it, without a lease that anybody could see end."""
+        if self._loop is None:
+            return
+        try:
+            self._end_rest(self._loop)
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            self._loop.close()
 
     def _end_rest(self, loop: asyncio.AbstractEventLoop) -> None:
         if rest := asyncio.all_tasks(loop):
@@ -72,20 +77,6 @@ class Loop:
                 loop.run_until_complete(end(rest))
             finally:
                 self.is_ending = False
-
-
-class _Threads(ThreadPoolExecutor):
-    """What ``asyncio.to_thread`` runs in. Nobody waits for its threads: one whose step has timed out, or was cancelled,
-    may go on for ever."""
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        super().shutdown(wait=False, cancel_futures=True)
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    loop.set_default_executor(_Threads(thread_name_prefix="celery-flows-step"))
-    return loop
 
 
 async def spawn(call: Callable[[], T]) -> T:

@@ -28,6 +28,7 @@ from celery_flows.store import operations as op
 from celery_flows.store.models import new_id
 from celery_flows.store.observations import Observation, in_order
 from celery_flows.store.script import Call
+from celery_flows.store.validation import check_name, check_text
 from celery_flows.tasks.canvas import HEADER, mark, planned
 from celery_flows.tasks.handle import FlowHandle
 from celery_flows.tasks.recorder import PATIENCE_SECONDS
@@ -74,6 +75,10 @@ class Mirror:
     ) -> None:
         if not isinstance(canvas, Signature):
             raise InvalidData("canvas", f"must be a signature, chain, group or chord, not {type(canvas).__name__}")
+        for field, given in ("name", name), ("key", key), ("owner", owner):
+            if given is not None:
+                check_name(field, given)
+        check_text("goal", goal)
         self._runtime, self._canvas = runtime, canvas
         self._name, self._goal, self._owner, self._key = name, goal, owner, key
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from celery import Task
+from celery.local import Proxy
+
 from celery_flows.store.errors import InvalidData
 from celery_flows.store.validation import check_name
 from celery_flows.tasks.retry import Retry
@@ -31,8 +34,8 @@ class StepOptions:
         for name in "name", "key":
             if getattr(self, name) is not None:
                 check_name(f"step {name}", getattr(self, name))
-        if self.retry is not None and not isinstance(self.retry, Retry):
-            raise InvalidData("step retry", "must be a Retry(…)")
+        if self.retry is not None:
+            check_retry("step retry", self.retry)
         if self.timeout is not None:
             check_duration("step timeout", self.timeout)
 
@@ -56,13 +59,23 @@ def step(*, name: str | None = None, retry: Retry | None = None, timeout: timede
         retry: how often and when it is tried again.
         timeout: how long one attempt may take.
 
+    It goes below ``@app.task``, next to the function.
+
     Raises:
-        InvalidData: naming the option.
+        InvalidData: naming the option; or this is no function of yours.
     """
     options = StepOptions(name, retry, timeout)
 
     def decorated(function: F) -> F:
-        function.__flow_step__ = options  # type: ignore[attr-defined]
+        # A task is not asked what it is before it must be: it would be made, with the settings there are by now.
+        if issubclass(type(function), Proxy) or isinstance(function, Task):
+            raise InvalidData("step", "is for the function: write @step(…) below @app.task")
+        if not callable(function):
+            raise InvalidData("step", f"is for a function, not {type(function).__name__}")
+        try:
+            function.__flow_step__ = options  # type: ignore[attr-defined]
+        except (AttributeError, TypeError):
+            raise InvalidData("step", "is for a function of yours; for this one write run.options(…)") from None
         return function
 
     return decorated
@@ -72,6 +85,17 @@ def options_of(function: Any) -> StepOptions:
     """The options that :func:`step` gave a function."""
     found = getattr(getattr(function, "func", function), "__flow_step__", None)  # functools.partial
     return found if isinstance(found, StepOptions) else StepOptions()
+
+
+def check_retry(field: str, value: Any) -> Retry:
+    """``value``, if it says when to try again.
+
+    Raises:
+        InvalidData: it does not.
+    """
+    if not isinstance(value, Retry):
+        raise InvalidData(field, "must be a Retry(…)")
+    return value
 
 
 def check_duration(field: str, value: Any) -> timedelta:

@@ -9,9 +9,12 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
+from sqlalchemy.exc import StatementError
 
 from celery_flows.store.errors import InvalidData
+from celery_flows.store.script import first_line
 from celery_flows.store.validation import encode_json
+from celery_flows.tasks.refusals import refused
 
 MAX_MESSAGE_CHARS = 1000
 
@@ -34,7 +37,7 @@ class Codec:
             checked = self._adapter.validate_python(value)
             plain = self._adapter.dump_python(checked, mode="json", warnings="error")
         except ValidationError as error:
-            raise self._refused(field, error) from None
+            raise refused(field, error, self._adapter) from None
         except (PydanticSerializationError, UnicodeError):  # the latter for bytes that are no text
             raise InvalidData(field, "cannot be JSON") from None
         return encode_json(field, plain, limit=limit)
@@ -50,12 +53,7 @@ class Codec:
         try:
             return self._adapter.validate_python(plain)
         except ValidationError as error:
-            raise self._refused(field, error) from None
-
-    @staticmethod
-    def _refused(field: str, error: ValidationError) -> InvalidData:
-        first = error.errors(include_input=False, include_url=False)[0]
-        return InvalidData(".".join([field, *map(str, first["loc"])]), first["msg"])
+            raise refused(field, error, self._adapter) from None
 
 
 ANY = Codec(Any)
@@ -86,8 +84,10 @@ def read_back(text: str) -> Any:
 
 
 def describe(error: BaseException) -> dict[str, Any]:
-    """What history keeps of an error: its type and message, cut to size and made storable."""
-    return {"type": type(error).__name__, "message": as_text(error)}
+    """What history keeps of an error: its type and message, cut to size and made storable. Of a failed statement
+    neither text nor parameters: they are the application's data."""
+    told = first_line(error) if isinstance(error, StatementError) else error
+    return {"type": type(error).__name__, "message": as_text(told)}
 
 
 def as_text(value: object) -> str:

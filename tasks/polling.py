@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from celery_flows.store.errors import InvalidData
 
 T = TypeVar("T")
 
@@ -39,6 +41,16 @@ async def apoll(look: Callable[[], Awaitable[T | None]], timeout: float | None) 
             return None
         await asyncio.sleep(pause)
     return found
+
+
+def check_seconds(field: str, value: Any) -> None:
+    """Says nothing if it is a number of seconds, or None.
+
+    Raises:
+        InvalidData: it is neither.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise InvalidData(field, f"must be a number of seconds, not {type(value).__name__}")
 
 
 def _pauses(timeout: float | None) -> Iterator[float]:

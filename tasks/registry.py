@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery_flows.store.changes import Drive
 from celery_flows.store.errors import InvalidData
 from celery_flows.store.models import Flow
-from celery_flows.store.validation import MAX_PAYLOAD_BYTES, check_name, check_priority
+from celery_flows.store.validation import MAX_PAYLOAD_BYTES, check_list, check_name, check_priority
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.errors import UnknownFlow
 from celery_flows.tasks.handle import FlowHandle
 from celery_flows.tasks.limit import Limit
 from celery_flows.tasks.loop import is_async
-from celery_flows.tasks.options import StepOptions, check_duration
-from celery_flows.tasks.payloads import Codec, codec_for
+from celery_flows.tasks.options import StepOptions, check_duration, check_retry
+from celery_flows.tasks.parameters import Parameters
 from celery_flows.tasks.retry import Retry
-from celery_flows.tasks.run import Run
-from celery_flows.tasks.run_async import AsyncRun
 from celery_flows.tasks.schedule import Schedule
 from celery_flows.tasks.start import Options, start
 from celery_flows.tasks.start_async import AsyncStarts
-from celery_flows.tasks.start_many import listed, start_many, wanted
+from celery_flows.tasks.start_many import start_many, wanted
 from celery_flows.tasks.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -58,16 +55,18 @@ class FlowDefinition(AsyncStarts[In, Out]):
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise InvalidData(f"version of flow {name}", "must be a whole number from 1")
         self.version = version
-        self.queue = queue
+        self.queue = None if queue is None else check_name(f"queue of flow {name}", queue)
         self.priority = None if priority is None else check_priority(priority)
         self.schedule = schedule
         self.function = function
         self.is_async = is_async(function)
-        self.defaults = StepOptions(retry=retry)
+        self.defaults = StepOptions(retry=None if retry is None else check_retry(f"retry of flow {name}", retry))
         self.timeout = None if timeout is None else check_duration(f"timeout of flow {name}", timeout)
         self.retain_seconds = None if retain is None else _seconds_kept(name, retain)
         self._runtime = runtime
-        self.takes_input, self.input, self.output = _codecs(name, function)
+        parameters = Parameters.of(name, function)
+        self.takes_input, self.input, self.output = parameters.takes_input, parameters.input, parameters.output
+        self.default = parameters.default
         if schedule is not None:
             _check_takes_a_slot(self)
         self.limit = limit
@@ -93,8 +92,9 @@ class FlowDefinition(AsyncStarts[In, Out]):
         cannot be reached the sweep tells it later.
 
         Args:
-            input: what the function takes, validated by its annotation.
-            key: idempotency key within this definition: the same key again gives the flow that is there.
+            input: what the function takes, validated by its annotation; None: the parameter's default, if it has one.
+            key: idempotency key within this definition: the same key again gives the flow that is there, or the last
+                that has gone on for it.
             owner: the owner session key, e.g. ``tenant:acme``.
             goal: for people.
             priority: of its messages, 0 to 255, as your broker has it; None: the definition's.
@@ -103,8 +103,8 @@ class FlowDefinition(AsyncStarts[In, Out]):
 
         Raises:
             InvalidData: the input is not what the function takes, or cannot be JSON. Nothing was written.
-            KeyConflict: the key was used with other input.
-            StartPending: another transaction that is still open holds the key.
+            KeyConflict: the key was used with other input, for a flow that has not started anew.
+            StartPending: another transaction that is still open holds the key. Nothing was written; yours can go on.
             StoreError: the database could not be reached.
         """
         return start(self._runtime, self, input, key, Options(owner, goal, priority, countdown, eta), session)
@@ -132,12 +132,13 @@ class FlowDefinition(AsyncStarts[In, Out]):
 
         Raises:
             InvalidData: naming an input or key by its number. Nothing was written.
-            KeyConflict: a key was used with other input. Nothing was written.
-            StartPending: another transaction that is still open holds one of the keys.
+            KeyConflict: a key was used with other input, for a flow that has not started anew. Nothing was written.
+            StartPending: another transaction that is still open holds one of the keys. Nothing was written; yours can
+                go on.
             StoreError: the database could not be reached.
         """
         options = Options(owner, goal, priority, countdown, eta)
-        asked = wanted(self, listed("inputs", inputs), None if keys is None else listed("keys", keys), options)
+        asked = wanted(self, check_list("inputs", inputs), None if keys is None else check_list("keys", keys), options)
         return start_many(self._runtime, self, asked, options, session)
 
     def s(self, input: In | None = None) -> ChildFlow[Out]:
@@ -162,15 +163,19 @@ class FlowDefinition(AsyncStarts[In, Out]):
     def encoded_text(self, input: Any) -> str | None:
         """:meth:`encoded_input` as JSON text."""
         if self.takes_input:
-            text = self.input.encode("input", input, self._runtime.settings.max_payload_bytes)
+            given = self.default if input is None else input
+            text = self.input.encode("input", given, self._runtime.settings.max_payload_bytes)
             return None if text == "null" else text
         if input is not None:
             raise InvalidData("input", f"flow {self.name!r} takes none")
         return None
 
-    def drive_row(self, limit_key: str | None) -> Drive:
-        """The drive row of a new flow, which begins as soon as it can."""
-        return Drive(self.name, self.queue, self.priority, self._runtime.first_pause, limit_key=limit_key)
+    def drive_row(self, limit_key: str | None, priority: int | None = None) -> Drive:
+        """The drive row of a new flow, which begins as soon as it can; without a priority of its own it has the
+        definition's."""
+        if priority is None:
+            priority = self.priority
+        return Drive(self.name, self.queue, priority, self._runtime.first_pause, limit_key=limit_key)
 
     def limit_key(self, encoded: Any) -> str | None:
         """What a flow with this input, as stored, shares its limit with; None: it has no limit.
@@ -204,29 +209,6 @@ def _check_takes_a_slot(definition: FlowDefinition[Any, Any]) -> None:
             raise InvalidData(
                 f"flow {definition.name}", "has a schedule: its input must be a datetime, the slot it is for, or none"
             ) from None
-
-
-def _codecs(name: str, function: Callable[..., Any]) -> tuple[bool, Codec, Codec]:
-    parameters = list(inspect.signature(function).parameters.values())
-    if not 1 <= len(parameters) <= 2:
-        raise InvalidData(
-            f"flow {name}", "must take the run and at most one input: def flow(run) or def flow(run, input)"
-        )
-    try:
-        hints = get_type_hints(function)
-    except NameError as error:
-        raise InvalidData(f"flow {name}", f"has an annotation that cannot be resolved: {error}") from None
-    _check_run(name, hints.get(parameters[0].name), awaited=is_async(function))
-    takes_input = len(parameters) == 2
-    annotation = hints.get(parameters[1].name, Any) if takes_input else None
-    return takes_input, codec_for(annotation), codec_for(hints.get("return", Any))
-
-
-def _check_run(name: str, annotation: Any, *, awaited: bool) -> None:
-    if annotation is Run and awaited:
-        raise InvalidData(f"flow {name}", "is async and takes a Run; write: run: AsyncRun")
-    if annotation is AsyncRun and not awaited:
-        raise InvalidData(f"flow {name}", "takes an AsyncRun and is not async; write async def, or: run: Run")
 
 
 class Registry:

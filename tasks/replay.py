@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import UUID, uuid5
@@ -59,6 +60,7 @@ class Replay:
         self.undoing = False  # by itself, though it may go on
         self._inside: list[str] = []  # the steps that are running now; several are members of one gather
         self._is_taking = False  # a step of an async function
+        self._promised: list[tuple[str, Coroutine[Any, Any, Any]]] = []  # steps of one that nobody has begun
         self.unwound_by: BaseException | None = None  # what went up an async function, or one of its tasks
         self._position = 0
         self._gather: int | None = None
@@ -136,6 +138,24 @@ class Replay:
         """
         if self._is_taking:
             raise InvalidData(what, "came before another step had ended; await each, or gather them")
+
+    def note_promised(self, what: str, step: Coroutine[Any, Any, Any]) -> None:
+        """Keeps in mind a step that an async function has called for, and that begins when it is awaited."""
+        self._promised = [each for each in self._promised if _waits_to_begin(each[1])]
+        self._promised.append((what, step))
+
+    def refuse_forgotten(self) -> None:
+        """Says nothing if every step that the function has called for has begun. Without the await it would do
+        nothing, and nobody would hear of it.
+
+        Raises:
+            InvalidData: one has not.
+        """
+        forgotten = [(what, step) for what, step in self._promised if _waits_to_begin(step)]
+        for _, step in forgotten:
+            step.close()  # it has been told of: Python's own warning would come later, and name no flow
+        if forgotten:
+            raise InvalidData(forgotten[0][0], "was not awaited, so it has done nothing; write await before it")
 
     def drawn_by(self) -> UUID:
         """The flow that identities and numbers are drawn for: this one, or, as far as its steps were taken over, the
@@ -239,6 +259,10 @@ class Replay:
             self.driver.is_cleaning = True
             raise told
         raise failure_of(step.task, step.error_json)
+
+
+def _waits_to_begin(step: Coroutine[Any, Any, Any]) -> bool:
+    return inspect.getcoroutinestate(step) == inspect.CORO_CREATED
 
 
 def is_wait(step: FlowStep) -> bool:

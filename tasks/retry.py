@@ -55,6 +55,8 @@ class Retry:
                 raise InvalidData(f"retry.{name}", "must be a timedelta, and not negative")
         if not isinstance(self.factor, int | float) or not 1 <= self.factor <= MAX_FACTOR:
             raise InvalidData("retry.factor", f"must be a number from 1 to {MAX_FACTOR:g}")
+        if not isinstance(self.jitter, bool):
+            raise InvalidData("retry.jitter", "must be True or False")
         for name in "on", "unless":
             given = getattr(self, name)
             errors = given if isinstance(given, tuple) else (given,)

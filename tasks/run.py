@@ -14,18 +14,19 @@ from sqlalchemy.orm import Session
 
 from celery_flows.store import InvalidData
 from celery_flows.store.clock import as_utc
-from celery_flows.store.validation import check_name, encode_json
+from celery_flows.store.validation import check_list, check_name, encode_json
 from celery_flows.tasks import wait_steps
 from celery_flows.tasks.approval import Approval, approval_key
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.errors import FlowCancelled, FlowTimedOut, StepFailed
-from celery_flows.tasks.gather import First, Gather, How, Work
+from celery_flows.tasks.gather import First, Gather, How
 from celery_flows.tasks.inline import run_inline
 from celery_flows.tasks.options import StepOptions
 from celery_flows.tasks.replay import Replay
 from celery_flows.tasks.retry import Retry
 from celery_flows.tasks.transact import run_transaction
 from celery_flows.tasks.undo import Undo
+from celery_flows.tasks.work import Work, check_definition, check_function
 
 if TYPE_CHECKING:
     from celery_flows.tasks.registry import FlowDefinition
@@ -91,10 +92,11 @@ class Run:
 
         Raises:
             StepFailed: it failed for good, now or in the run that is replayed.
-            InvalidData: arguments or result cannot be JSON.
+            InvalidData: arguments or result cannot be JSON, or this is nothing that can run.
         """
         if isinstance(work, Task | Signature):
             return self._gather([_signature("step", work, args, kwargs)], How())[0]
+        check_function("step", work)
         return run_inline(self._replay, self._options, work, args, kwargs)
 
     def transaction(self, work: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -106,6 +108,7 @@ class Run:
             StepFailed: it failed for good; nothing of it was written.
             InvalidData: the result cannot be JSON.
         """
+        check_function("transaction", work)
         return cast("T", run_transaction(self._replay, self._options, work, args, kwargs))
 
     def flow(self, definition: FlowDefinition[In, Out], input: In | None = None, /) -> Out:
@@ -116,6 +119,7 @@ class Run:
             StepFailed: it failed or was cancelled.
             InvalidData: the input is not what it takes, or cannot be JSON.
         """
+        check_definition("flow", definition)
         return cast("Out", self._gather([definition.s(input)], How())[0])
 
     @overload
@@ -195,14 +199,14 @@ class Run:
         if named and self._options.key is not None:
             raise InvalidData("step key", "is not of members that have names: they are known by these")
         names = [check_name("name of a member", name) for name in named] or None
-        works = list(named.values() if members is None else members)
+        works = list(named.values()) if members is None else check_list("first", members)
         gather = Gather(self._replay, self._options, works, How(first_only=True), names)
         if not gather.is_all_remote:
             raise InvalidData("first", "takes one or more of task.s(…), flow.s(…), Event, Decision and Timer")
         return gather.first()
 
     def _gather(self, members: Iterable[Work], how: How) -> list[Any]:
-        return Gather(self._replay, self._options, list(members), how).results()
+        return Gather(self._replay, self._options, check_list("gather", members), how).results()
 
     # ---- undoing ----
 
@@ -219,8 +223,8 @@ class Run:
         if isinstance(undo, Task | Signature):
             undo, args, kwargs = _signature("on_failure", undo, args, kwargs), (), {}
             Gather.check([undo], self._options)
-        elif not callable(undo):
-            raise InvalidData("on_failure", f"takes a function or a Celery task, not {type(undo).__name__}")
+        else:
+            check_function("on_failure", undo)
         self._replay.undos.append(Undo(self._options, undo, args, kwargs))
 
     def undo(self) -> list[str]:
@@ -286,7 +290,7 @@ class Run:
         self._without_options()
         check_name("topic", topic)
         check_name("correlation_id", correlation_id)
-        return wait_steps.wait_for(self._replay, f"wait_for {topic}", topic, correlation_id, timeout)
+        return wait_steps.wait_for(self._replay, wait_steps.name_of_wait(topic), topic, correlation_id, timeout)
 
     def approval(self, name: str, *, timeout: timedelta | None = None) -> Approval:
         """Waits without a worker until somebody decides (``handle.approve(name, by=…)``, ``handle.reject(…)``), and
@@ -306,7 +310,7 @@ class Run:
 
     # ---- what is recorded besides ----
 
-    def update(self, **state: Any) -> None:
+    def update(self, /, **state: Any) -> None:
         """Lays these keys over the flow's state, where ``handle.state()`` sees them at once: progress, for people and
         programs that look on. Done once, as a step is; the flow itself should not read it.
 

@@ -6,7 +6,7 @@ from asyncio import CancelledError
 from collections.abc import Callable, Coroutine, Iterable
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, NoReturn, ParamSpec, TypeAlias, TypeVar, overload
 from uuid import UUID
 
 from celery import Signature
@@ -16,10 +16,11 @@ from celery_flows.store import InvalidData
 from celery_flows.tasks.approval import Approval
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.errors import StepFailed
-from celery_flows.tasks.gather import First, Work
+from celery_flows.tasks.gather import First
 from celery_flows.tasks.loop import spawn
 from celery_flows.tasks.retry import Retry
 from celery_flows.tasks.run import Run
+from celery_flows.tasks.work import Work
 
 if TYPE_CHECKING:
     from celery_flows.tasks.registry import FlowDefinition
@@ -29,6 +30,8 @@ T = TypeVar("T")
 In = TypeVar("In")
 Out = TypeVar("Out")
 
+Promised: TypeAlias = Coroutine[Any, Any, T]  # begins when it is awaited
+
 
 class AsyncRun:
     """The flow's own view of itself, for an ``async def``. What :class:`Run` says of its methods holds for these.
@@ -37,7 +40,8 @@ class AsyncRun:
     step beside another's is refused, for which comes first would depend on how long they take. A step is bounded by
     ``run.options(timeout=…)``; one that is cancelled by the function, as ``asyncio.timeout`` does, raises InvalidData.
 
-    What neither waits nor records is not awaited.
+    What neither waits nor records is not awaited. What was to be awaited, and was not, fails the flow when its function
+    ends.
     """
 
     def __init__(self, run: Run) -> None:
@@ -46,7 +50,12 @@ class AsyncRun:
         self.owner: str = run.owner
         self.logger = run.logger
 
-    async def _take(self, what: str, call: Callable[[], T]) -> T:
+    def _take(self, what: str, call: Callable[[], T]) -> Promised[T]:
+        taken = self._taken(what, call)
+        self._replay.note_promised(f"run.{what}", taken)
+        return taken
+
+    async def _taken(self, what: str, call: Callable[[], T]) -> T:
         if self._is_ending:  # cleaning up in the function, as it is cancelled, takes no steps
             raise CancelledError
         with self._replay.taking(f"run.{what}"):
@@ -82,72 +91,74 @@ class AsyncRun:
         return AsyncRun(self._run.options(name=name, retry=retry, timeout=timeout, key=key))
 
     @overload
-    async def step(self, work: Signature[T], /) -> T: ...
+    def step(self, work: Signature[T], /) -> Promised[T]: ...
     @overload
-    async def step(self, work: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    def step(self, work: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> Promised[T]: ...
     @overload
-    async def step(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
-    async def step(self, work: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def step(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Promised[T]: ...
+    def step(self, work: Any, /, *args: Any, **kwargs: Any) -> Promised[Any]:
         """:meth:`Run.step`. A function that is not async keeps the event loop waiting."""
-        return await self._take("step", partial(self._run.step, work, *args, **kwargs))
+        return self._take("step", partial(self._run.step, work, *args, **kwargs))
 
-    async def transaction(self, work: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def transaction(
+        self, work: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Promised[T]:
         """:meth:`Run.transaction`, of a plain function with a plain Session."""
-        return await self._take("transaction", partial(self._run.transaction, work, *args, **kwargs))
+        return self._take("transaction", partial(self._run.transaction, work, *args, **kwargs))
 
-    async def flow(self, definition: FlowDefinition[In, Out], input: In | None = None, /) -> Out:
+    def flow(self, definition: FlowDefinition[In, Out], input: In | None = None, /) -> Promised[Out]:
         """:meth:`Run.flow`."""
-        return await self._take("flow", partial(self._run.flow, definition, input))
+        return self._take("flow", partial(self._run.flow, definition, input))
 
     @overload
-    async def gather(
+    def gather(
         self,
         members: Iterable[Signature[T] | ChildFlow[T] | Callable[[], Coroutine[Any, Any, T]]],
         *,
         limit: int | None = None,
-    ) -> list[T]: ...
+    ) -> Promised[list[T]]: ...
     @overload
-    async def gather(
+    def gather(
         self, members: Iterable[Signature[T] | ChildFlow[T] | Callable[[], T]], *, limit: int | None = None
-    ) -> list[T]: ...
+    ) -> Promised[list[T]]: ...
     @overload
-    async def gather(
+    def gather(
         self,
         members: Iterable[Signature[T] | ChildFlow[T] | Callable[[], Coroutine[Any, Any, T]]],
         *,
         return_exceptions: Literal[True],
         limit: int | None = None,
-    ) -> list[T | StepFailed]: ...
+    ) -> Promised[list[T | StepFailed]]: ...
     @overload
-    async def gather(
+    def gather(
         self,
         members: Iterable[Signature[T] | ChildFlow[T] | Callable[[], T]],
         *,
         return_exceptions: Literal[True],
         limit: int | None = None,
-    ) -> list[T | StepFailed]: ...
+    ) -> Promised[list[T | StepFailed]]: ...
     @overload
-    async def gather(
+    def gather(
         self, members: Iterable[Work], *, return_exceptions: bool = False, limit: int | None = None
-    ) -> list[Any]: ...
-    async def gather(
+    ) -> Promised[list[Any]]: ...
+    def gather(
         self, members: Iterable[Work], *, return_exceptions: bool = False, limit: int | None = None
-    ) -> list[Any]:
+    ) -> Promised[list[Any]]:
         """:meth:`Run.gather`."""
         call = partial(self._run.gather, members, return_exceptions=return_exceptions, limit=limit)
-        return await self._take("gather", call)
+        return self._take("gather", call)
 
     @overload
-    async def first(self, members: Iterable[Signature[T] | ChildFlow[T]], /) -> First[int, T]: ...
+    def first(self, members: Iterable[Signature[T] | ChildFlow[T]], /) -> Promised[First[int, T]]: ...
     @overload
-    async def first(self, members: Iterable[Work], /) -> First[int, Any]: ...
+    def first(self, members: Iterable[Work], /) -> Promised[First[int, Any]]: ...
     @overload
-    async def first(self, /, **members: Signature[T] | ChildFlow[T]) -> First[str, T]: ...
+    def first(self, /, **members: Signature[T] | ChildFlow[T]) -> Promised[First[str, T]]: ...
     @overload
-    async def first(self, /, **members: Work) -> First[str, Any]: ...
-    async def first(self, members: Iterable[Any] | None = None, /, **named: Any) -> First[Any, Any]:
+    def first(self, /, **members: Work) -> Promised[First[str, Any]]: ...
+    def first(self, members: Iterable[Any] | None = None, /, **named: Any) -> Promised[First[Any, Any]]:
         """:meth:`Run.first`."""
-        return await self._take("first", partial(self._run.first, members, **named))
+        return self._take("first", partial(self._run.first, members, **named))
 
     # ---- undoing ----
 
@@ -161,42 +172,41 @@ class AsyncRun:
         self._replay.refuse_beside("run.on_failure")
         self._run.on_failure(undo, *args, **kwargs)
 
-    async def undo(self) -> list[str]:
+    def undo(self) -> Promised[list[str]]:
         """:meth:`Run.undo`."""
-        return await self._take("undo", self._run.undo)
+        return self._take("undo", self._run.undo)
 
     # ---- waits ----
 
-    async def sleep(self, duration: timedelta) -> None:
+    def sleep(self, duration: timedelta) -> Promised[None]:
         """:meth:`Run.sleep`."""
-        await self._take("sleep", partial(self._run.sleep, duration))
+        return self._take("sleep", partial(self._run.sleep, duration))
 
-    async def sleep_until(self, at: datetime) -> None:
+    def sleep_until(self, at: datetime) -> Promised[None]:
         """:meth:`Run.sleep_until`."""
-        await self._take("sleep_until", partial(self._run.sleep_until, at))
+        return self._take("sleep_until", partial(self._run.sleep_until, at))
 
-    async def wait_for(self, topic: str, correlation_id: str, *, timeout: timedelta | None = None) -> Any:
+    def wait_for(self, topic: str, correlation_id: str, *, timeout: timedelta | None = None) -> Promised[Any]:
         """:meth:`Run.wait_for`."""
-        return await self._take("wait_for", partial(self._run.wait_for, topic, correlation_id, timeout=timeout))
+        return self._take("wait_for", partial(self._run.wait_for, topic, correlation_id, timeout=timeout))
 
-    async def approval(self, name: str, *, timeout: timedelta | None = None) -> Approval:
+    def approval(self, name: str, *, timeout: timedelta | None = None) -> Promised[Approval]:
         """:meth:`Run.approval`."""
-        return await self._take("approval", partial(self._run.approval, name, timeout=timeout))
+        return self._take("approval", partial(self._run.approval, name, timeout=timeout))
 
     # ---- what is recorded besides ----
 
-    async def update(self, **state: Any) -> None:
+    def update(self, /, **state: Any) -> Promised[None]:
         """:meth:`Run.update`."""
-        await self._take("update", partial(self._run.update, **state))
+        return self._take("update", partial(self._run.update, **state))
 
-    async def restart_as(self, input: Any = None) -> NoReturn:
+    def restart_as(self, input: Any = None) -> Promised[NoReturn]:
         """:meth:`Run.restart_as`."""
-        await self._take("restart_as", partial(self._run.restart_as, input))
-        raise AssertionError("the driver suspends")
+        return self._take("restart_as", partial(self._run.restart_as, input))
 
-    async def now(self) -> datetime:
+    def now(self) -> Promised[datetime]:
         """:meth:`Run.now`."""
-        return await self._take("now", self._run.now)
+        return self._take("now", self._run.now)
 
     def uuid(self) -> UUID:
         """:meth:`Run.uuid`; not awaited, for it costs no record."""

@@ -71,13 +71,15 @@ class Schedule:
 
         Args:
             now: the database's clock.
-            last: the last slot that was seen to; None: nobody has looked at this schedule before, so it begins now.
+            last: the last slot that was seen to; None: nobody has looked at this schedule before, so it begins now, and
+                no slot that has passed is its own.
         """
+        if last is None:
+            return []
         on_time_since = now - timedelta(seconds=ON_TIME_SECONDS)
-        since, most = (on_time_since, 1) if last is None else (last, MOST_SLOTS)
         slots: list[datetime] = []
         for slot in self.slots_before(now, zone):
-            if slot <= since or len(slots) == most:
+            if slot <= last or len(slots) == MOST_SLOTS:
                 break
             slots.append(slot)
         on_time = [slot for slot in slots if slot > on_time_since]
@@ -85,6 +87,17 @@ class Schedule:
         if self.catch_up == "all":
             return [*on_time, *missed][::-1]
         return (missed[:1] if self.catch_up == "last" and not on_time else on_time)[::-1]
+
+
+def refuse_without_schedule(name: str, catch_up: str, overlap: str) -> None:
+    """Says nothing if a flow without a schedule is not told what to do about slots.
+
+    Raises:
+        InvalidData: it is; nobody would hear that it has none.
+    """
+    for option, given, default in ("catch_up", catch_up, "last"), ("overlap", overlap, "allow"):
+        if given != default:
+            raise InvalidData(f"{option} of flow {name}", "goes with schedule=, which is missing")
 
 
 def parse_schedule(name: str, every: Any, catch_up: str, overlap: str) -> Schedule:

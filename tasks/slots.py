@@ -12,6 +12,7 @@ from celery_flows.store import Flow, FlowError, schedules
 from celery_flows.store import operations as op
 from celery_flows.store.changes import Drive
 from celery_flows.store.dispatch import drive_hint
+from celery_flows.store.schedules import Skipped
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.schedule import ON_TIME_SECONDS, Schedule
 
@@ -71,6 +72,15 @@ def missed(runtime: Runtime) -> Iterator[tuple[str, datetime]]:
             slot = next(definition.schedule.slots_before(before, runtime.app.timezone), None)
             if slot is not None and last is not None and slot > last and not _waits(runtime, definition):
                 yield definition.name, slot
+
+
+def skipped(runtime: Runtime) -> Iterator[tuple[str, Skipped]]:
+    """The definitions whose schedules have passed over slots, for the flow of the one before was open, and how many."""
+    for definition in runtime.registry:
+        if definition.schedule is not None and definition.schedule.overlap == "skip":
+            found = runtime.store.run(schedules.skipped, row_of(definition))
+            if found is not None:
+                yield definition.name, found
 
 
 def _waits(runtime: Runtime, definition: FlowDefinition[Any, Any]) -> bool:

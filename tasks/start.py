@@ -8,13 +8,13 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
-from celery_flows.store import Flow, FlowNotFound, InvalidData, KeyConflict, SqlFlowStore, StartPending, StoreError
+from celery_flows.store import InvalidData, SqlFlowStore, StartPending, StoreError, starts
 from celery_flows.store import operations as op
 from celery_flows.store.changes import Drive
 from celery_flows.store.clock import as_utc
 from celery_flows.store.dispatch import drive_hint
-from celery_flows.store.script import LOCK_NOT_AVAILABLE, Call
-from celery_flows.store.validation import check_priority
+from celery_flows.store.script import TRIES, Call, is_lock_timeout
+from celery_flows.store.validation import check_name, check_priority, check_text
 from celery_flows.tasks.handle import FlowHandle
 from celery_flows.tasks.spans import Starting
 from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
@@ -30,13 +30,21 @@ FARTHEST_DAYS = 36_500
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How flows are to be started: what :meth:`FlowDefinition.start` takes besides the input."""
+    """How flows are to be started: what :meth:`FlowDefinition.start` takes besides the input.
+
+    Raises:
+        InvalidData: naming the option.
+    """
 
     owner: str = "default"
     goal: str = ""
     priority: int | None = None
     countdown: float | timedelta | None = None
     eta: datetime | None = None
+
+    def __post_init__(self) -> None:
+        check_name("owner", self.owner)
+        check_text("goal", self.goal)
 
 
 def start(
@@ -63,6 +71,8 @@ def _start(
     session: Transaction | None,
     started: Starting,
 ) -> UUID:
+    if key is not None:
+        check_name("key", key)
     caller = None if session is None else transaction_of(session)
     store = runtime.store if caller is None else runtime.store.using(caller)
     encoded = definition.encoded_input(input)
@@ -75,16 +85,17 @@ def _start(
         input_json=encoded,
         trace_json=started.carrier,
     )
-    call = Call(op.create_flow, (flow, told, drive))
+    # Who holds the key is not waited for; a caller whose transaction this is goes on with it all the same.
+    create = op.create_flow if key is None or caller is None else starts.create_flow_apart
+    found, lock_tries = Call(op.find_created, (flow,)), TRIES if key is None else 0
     try:
-        created = store.attempt(call, settled=Call(op.find_created, (flow,)), waits_for_locks=key is None)
+        created = store.attempt(Call(create, (flow, told, drive)), settled=found, lock_tries=lock_tries)
     except StoreError as error:
-        if key is not None and lock_timed_out(error):
+        if key is not None and is_lock_timeout(error.__cause__):
             raise StartPending(definition.name, key) from error
         raise
     if not created:
-        assert key is not None
-        return _existing(store, flow, key).id
+        return store.run(starts.find_started, flow)
     if drive.published:
         once_committed(caller, lambda: runtime.publisher.publish(drive_hint(flow.id, drive)))
     return flow.id
@@ -102,16 +113,15 @@ def drive_row(
     Raises:
         InvalidData: the priority or the delay is none, or lies past ``flow_timer_horizon_days``.
     """
-    row = definition.drive_row(limit_key)
-    if options.priority is not None:
-        row = replace(row, priority=check_priority(options.priority))
+    priority = None if options.priority is None else check_priority(options.priority)
+    row = definition.drive_row(limit_key, priority)
     if options.countdown is not None and options.eta is not None:
         raise InvalidData("eta", "cannot be given together with countdown")
     if (seconds := _seconds(options.countdown)) > 0:
         _check_horizon(runtime, "countdown", timedelta(seconds=seconds))
         return replace(row, first_pause=seconds, published=False), {"countdown": seconds}
     if options.eta is not None:
-        eta = _moment(options.eta)
+        eta = as_utc("eta", options.eta)
         if runtime.settings.timer_horizon_days is not None:
             _check_horizon(runtime, "eta", eta - store.run(op.now))
         return replace(row, due_at=eta, published=False), {"eta": eta.isoformat()}
@@ -138,27 +148,7 @@ def _seconds(countdown: Any) -> float:
     return float(seconds)
 
 
-def _moment(eta: Any) -> datetime:
-    if not isinstance(eta, datetime):
-        raise InvalidData("eta", "must be a datetime with a time zone")
-    return as_utc("eta", eta)
-
-
 def _check_horizon(runtime: Runtime, field: str, away: timedelta) -> None:
     days = runtime.settings.timer_horizon_days
     if days is not None and away > timedelta(days=days):
         raise InvalidData(field, f"is more than {days:g} days away (flow_timer_horizon_days)")
-
-
-def _existing(store: Any, flow: Flow, key: str) -> Flow:
-    known: Flow | None = store.run(op.find_by_key, flow.controller_id, key)
-    if known is None:  # pruned in the very moment in between
-        raise FlowNotFound(key)
-    if known.input_json != flow.input_json:
-        raise KeyConflict(flow.controller_id, key, known.id)
-    return known
-
-
-def lock_timed_out(error: StoreError) -> bool:
-    """Whether somebody held a lock for longer than this waits."""
-    return getattr(getattr(error.__cause__, "orig", None), "sqlstate", None) == LOCK_NOT_AVAILABLE

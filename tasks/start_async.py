@@ -8,10 +8,11 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
+from celery_flows.store.validation import check_list
 from celery_flows.tasks.aio import AsyncTransaction, run
 from celery_flows.tasks.handle import FlowHandle
 from celery_flows.tasks.start import Options, start
-from celery_flows.tasks.start_many import listed, start_many, wanted
+from celery_flows.tasks.start_many import start_many, wanted
 
 if TYPE_CHECKING:
     from celery_flows.tasks.registry import FlowDefinition
@@ -56,7 +57,7 @@ class AsyncStarts(Generic[In, Out]):
     ) -> list[FlowHandle[Out]]:
         """:meth:`FlowDefinition.start_many`, awaited; ``session`` is an AsyncSession or AsyncConnection."""
         options = Options(owner, goal, priority, countdown, eta)
-        each, by = listed("inputs", inputs), None if keys is None else listed("keys", keys)
+        each, by = check_list("inputs", inputs), None if keys is None else check_list("keys", keys)
         # Encoding thousands of inputs takes a while.
         asked = await asyncio.to_thread(wanted, self._synchronous, each, by, options)
         call = partial(start_many, self._runtime, self._synchronous, asked, options)

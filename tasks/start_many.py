@@ -8,7 +8,7 @@ what is stored does not depend on it. Whoever claims due rows by themselves find
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
@@ -17,10 +17,10 @@ from celery_flows.store import Flow, InvalidData, StartPending, StoreError, star
 from celery_flows.store.changes import Drive, NewFlow
 from celery_flows.store.dispatch import drive_hint
 from celery_flows.store.models import new_id
-from celery_flows.store.script import Call
+from celery_flows.store.script import TRIES, Call, is_lock_timeout
 from celery_flows.store.validation import check_name
 from celery_flows.tasks.handle import FlowHandle
-from celery_flows.tasks.start import Options, deadline_of, drive_row, lock_timed_out
+from celery_flows.tasks.start import Options, deadline_of, drive_row
 from celery_flows.tasks.transaction import Transaction, once_committed, transaction_of
 
 if TYPE_CHECKING:
@@ -75,17 +75,6 @@ def wanted(
     return Wanted(template, items, limit_keys, order)
 
 
-def listed(field: str, values: Iterable[Any]) -> list[Any]:
-    """The values, if they are many.
-
-    Raises:
-        InvalidData: they are one, though one that can be taken apart.
-    """
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise InvalidData(field, f"must be a list, not {type(values).__name__}")
-    return list(values)
-
-
 def _checked(keys: Sequence[Any], count: int) -> list[str | None]:
     if len(keys) != count:
         raise InvalidData("keys", f"are {len(keys)}, for {count} inputs")
@@ -128,9 +117,9 @@ def start_many(
     try:
         with runtime.watch.spans.starting(definition.name) as started:
             template = wanted.template.but(deadline_at=deadline, trace_json=started.carrier)
-            there = store.attempt(Call(starts.create_many, (template, told, new)), waits_for_locks=not keyed)
+            there = store.attempt(Call(starts.create_many, (template, told, new)), lock_tries=0 if keyed else TRIES)
     except StoreError as error:
-        if keyed and lock_timed_out(error):
+        if keyed and is_lock_timeout(error.__cause__):
             raise StartPending(definition.name, None) from error
         raise
     hints = [drive_hint(each.id, each.drive) for each in new if there[each.id] == each.id and each.drive.published]

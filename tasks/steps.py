@@ -9,23 +9,22 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID
 
 from celery import Task
 from celery._state import _task_stack  # type: ignore[attr-defined]
 from celery.app.trace import task_has_custom
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
-from celery_flows.store import FlowStepStatus, InvalidData, LeaseLost, StoreError, dispatch
+from celery_flows.store import FlowStepStatus, LeaseLost, StoreError, dispatch
 from celery_flows.store.changes import Completion
 from celery_flows.store.clock import boottime
 from celery_flows.store.dispatch import StepClaim
-from celery_flows.store.script import Call
+from celery_flows.store.script import TRIES, Call
 from celery_flows.tasks.drive import drive
 from celery_flows.tasks.failures import of_attempt
 from celery_flows.tasks.inline import timed_out
 from celery_flows.tasks.interrupts import IN_PEACE, Interrupted, Interruptible
-from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on, surely_held
+from celery_flows.tasks.lease import UNKNOWN_PAUSE_SECONDS, let_go, passed_on, surely, surely_held
 from celery_flows.tasks.loop import Loop, call
 from celery_flows.tasks.metrics import LEASES_LOST
 from celery_flows.tasks.payloads import result_codec
@@ -165,7 +164,7 @@ def _call(runtime: Runtime, task: Task[Any, Any], claim: StepClaim, delivery: De
         _task_stack.pop()
 
 
-def settle(runtime: Runtime, claim: StepClaim, outcome: Outcome) -> dispatch.Completed | None:
+def settle(runtime: Runtime, claim: StepClaim, outcome: Outcome, **how: Any) -> dispatch.Completed | None:
     """Records what an attempt came to; None: the step is not closed, or no longer this claim's."""
     if isinstance(outcome, Again):
         again = (claim.holder, claim.flow_id, claim.attempt, outcome.pause, outcome.error)
@@ -175,7 +174,7 @@ def settle(runtime: Runtime, claim: StepClaim, outcome: Outcome) -> dispatch.Com
     completed: dispatch.Completed | None = runtime.store.attempt(
         Call(dispatch.complete_step, (outcome,)),
         settled=Call(dispatch.find_completion, (outcome,)),
-        patience=runtime.settings.lease_seconds / 2,
+        **{**surely(runtime), **how},
     )
     if completed is None:
         runtime.watch.meter.add(LEASES_LOST, ("step",))
@@ -199,7 +198,8 @@ def _settle_for(runtime: Runtime, worker: str, outcome: Callable[[StepClaim], Ou
     if claim is None:
         return False
     came_to = outcome(claim)
-    completed = settle(runtime, claim, came_to)
+    # Whoever asks sees to the leases of others, too, and asks again: no lock may hold that up for long.
+    completed = settle(runtime, claim, came_to, lock_tries=TRIES)
     tell(made := Attempt(claim.definition, claim.task), came_to)
     runtime.watch.settled(made)
     if completed is not None and completed.woke:
@@ -234,15 +234,3 @@ def delivery_of(request: Any, worker: str) -> Delivery:
     """What a Celery request says of its message."""
     info: Mapping[str, Any] = request.delivery_info or {}
     return Delivery(worker, info.get("routing_key"), any(request.timelimit or ()), request.hostname)
-
-
-def parse_id(field: str, value: Any) -> UUID:
-    """A flow id out of a message.
-
-    Raises:
-        InvalidData: it is none.
-    """
-    try:
-        return UUID(value)
-    except (ValueError, TypeError, AttributeError):
-        raise InvalidData(field, "is no flow id (a UUID)") from None

@@ -7,11 +7,17 @@ import signal
 import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 from celery_flows.store.clock import boottime
 
 T = TypeVar("T")
+
+# Its code marks where a body begins and ends. Struck there, a process would keep the mark of a body that it has left,
+# and what it runs next, cleanup maybe, would be interrupted as that body.
+_SPARED = "celery_flows.tasks.interrupts"
+_LATER_SECONDS = 0.001
 
 
 class TimeIsUp(BaseException):
@@ -46,8 +52,12 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 def _alarm(seconds: float) -> Iterator[None]:
     armed = True
 
-    def interrupt(_signal: int, _frame: Any) -> None:
-        if armed:
+    def interrupt(_signal: int, frame: FrameType | None) -> None:
+        if not armed:
+            return
+        if is_within(frame, _SPARED):
+            signal.setitimer(signal.ITIMER_REAL, _LATER_SECONDS)
+        else:
             raise TimeIsUp
 
     before = signal.signal(signal.SIGALRM, interrupt)
@@ -62,6 +72,15 @@ def _alarm(seconds: float) -> Iterator[None]:
         armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def is_within(frame: FrameType | None, module: str) -> bool:
+    """Whether the frame is of the module's code, or of what that has called."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 async def bounded(coroutine: Coroutine[Any, Any, T], seconds: float | None) -> T:

@@ -8,8 +8,9 @@ from typing import Any
 
 from celery_flows.store import FlowStep, FlowStepStatus, InvalidData
 from celery_flows.store.changes import StepWrite
+from celery_flows.store.validation import MAX_NAME_CHARS
 from celery_flows.store.waits import ExternalEventWait, TimerWait
-from celery_flows.tasks.errors import WaitTimedOut
+from celery_flows.tasks.errors import HistoryMismatch, WaitTimedOut
 from celery_flows.tasks.replay import Place, Replay
 
 WAIT_TIMED_OUT = WaitTimedOut.__name__
@@ -34,6 +35,11 @@ def sleep(replay: Replay, until: Callable[[], datetime]) -> None:
         replay.tell_once(lambda: driver.wait(TimerWait(at=at, run_id=place.run_id), step))
 
 
+def name_of_wait(topic: str) -> str:
+    """What the step is called that waits for an event of this topic: as much of it as a name may be long."""
+    return f"wait_for {topic}"[:MAX_NAME_CHARS]
+
+
 def wait_for(replay: Replay, name: str, topic: str, correlation_id: str, timeout: timedelta | None) -> Any:
     """Waits for an external event, and gives its payload.
 
@@ -42,6 +48,8 @@ def wait_for(replay: Replay, name: str, topic: str, correlation_id: str, timeout
     """
     place = replay.place(name)
     known = replay.find(place, waits=True)
+    if known is not None:
+        _check_is_same(replay, place, known, correlation_id)
     if known is None or not known.status.is_terminal:
         replay.begin()
         wait = _external_wait(replay, topic, correlation_id, timeout, place.run_id, known)
@@ -52,6 +60,16 @@ def wait_for(replay: Replay, name: str, topic: str, correlation_id: str, timeout
     if known.status is FlowStepStatus.FAILED and (known.error_json or {}).get("type") == WAIT_TIMED_OUT:
         raise WaitTimedOut(topic, correlation_id)
     return replay.outcome(known, None)
+
+
+def _check_is_same(replay: Replay, place: Place, known: FlowStep, correlation_id: str) -> None:
+    """Refuses a wait that history has with another correlation id: it would wait for what nobody sends, or has taken
+    another's event for its own. A wait that was taken over from another flow may have had that one's id, and is over.
+    """
+    is_taken_over = replay.driver.flow.forked_from is not None and known.status.is_terminal
+    if known.args_json.get("correlation_id", correlation_id) != correlation_id and not is_taken_over:
+        found = f"{place.shown} with another correlation id"
+        replay.driver.refuse_history(HistoryMismatch(known.task, found, place.position))
 
 
 def after(replay: Replay, argument: str, duration: timedelta) -> datetime:

@@ -84,6 +84,12 @@ KINDS = {
         "worker takes its tasks",
         "start `celery -A APP beat`; what is made up for then, the flow's catch_up says",
     ),
+    "slot_skipped": Kind(
+        False,
+        "within a day the time at which a schedule was to start a flow came while the flow of the time before was "
+        'open; it was left out, as overlap="skip" says',
+        'none, if that is meant; else start less often, look at what takes long, or say overlap="wait"',
+    ),
     "unknown_flow": Kind(
         True,
         "flows are open whose definition this application does not have; they wait for a worker that does",
@@ -192,6 +198,9 @@ def _chores(runtime: Runtime, now: datetime) -> Iterator[Finding]:
             yield Finding(kind, silence)
     for flow, slot in slots.missed(runtime):
         yield Finding("slot_missed", f"flow {flow!r} at {slot.isoformat()}")
+    for flow, left_out in slots.skipped(runtime):
+        if (now - left_out.last).total_seconds() < DAY_SECONDS:
+            yield Finding("slot_skipped", f"flow {flow!r} at {left_out.last.isoformat()}; {left_out.count} so far")
     for name in maintenance.PRUNE, maintenance.VERIFY:
         if name in beats and (silence := _silence(beats[name], now)):
             yield Finding("chore_silent", f"{name}: {silence}")

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from celery_flows.store import Flow, FlowManager, FlowStatus, InvalidData, SqlFlowStore
 from celery_flows.store import operations as op
 from celery_flows.store.clock import as_utc
+from celery_flows.store.models import parse_id
 from celery_flows.store.pruning import Archive
 from celery_flows.store.schedules import Overlap
 from celery_flows.store.validation import check_name, check_text
@@ -33,7 +34,7 @@ from celery_flows.tasks.retry import Retry
 from celery_flows.tasks.run import Run
 from celery_flows.tasks.run_async import AsyncRun
 from celery_flows.tasks.runtime import Runtime
-from celery_flows.tasks.schedule import CatchUp, parse_schedule
+from celery_flows.tasks.schedule import CatchUp, parse_schedule, refuse_without_schedule
 from celery_flows.tasks.settings import FlowSettings
 from celery_flows.tasks.waiting import register_waiting_flows
 from celery_flows.worker.lifecycle import install
@@ -64,6 +65,8 @@ class Flows:
     """
 
     def __init__(self, app: Celery, *, store: SqlFlowStore | None = None) -> None:
+        if not isinstance(app, Celery):
+            raise InvalidData("app", f"must be your Celery app, not {type(app).__name__}")
         if app in _installed:
             raise InvalidData("app", "has its Flows already; use that one (Flows.of(app))")
         self.app = app
@@ -142,9 +145,13 @@ class Flows:
                 or all, by ``catch_up``.
 
         Raises:
-            InvalidData: name and version are taken, the function takes more than the run and one input, is async and
-                takes no AsyncRun, or an option is wrong.
+            InvalidData: name and version are taken, the function takes other parameters than the run and one input, is
+                async and takes no AsyncRun, or an option is wrong.
         """
+        if not isinstance(name, str):
+            raise InvalidData("flow name", f'is missing; write @flows.flow("a/name"), not {type(name).__name__}')
+        if schedule is None:
+            refuse_without_schedule(name, catch_up, overlap)
         by = None if schedule is None else parse_schedule(name, schedule, catch_up, overlap)
         define = partial(
             FlowDefinition, self.runtime, name, queue=queue, version=version, retry=retry, timeout=timeout,
@@ -158,10 +165,7 @@ class Flows:
         Raises:
             InvalidData: it is no UUID.
         """
-        try:
-            return FlowHandle(self.runtime, flow_id if isinstance(flow_id, UUID) else UUID(flow_id))
-        except ValueError:
-            raise InvalidData("flow_id", "is no flow id (a UUID)") from None
+        return FlowHandle(self.runtime, parse_id("flow_id", flow_id))
 
     def search(
         self,
@@ -185,10 +189,12 @@ class Flows:
             after: the last flow of the page before.
 
         Raises:
-            InvalidData: there is no such status, a time is naive, or the limit is below 1.
+            InvalidData: there is no such status, a time is naive, the limit is below 1, or ``after`` is no flow.
         """
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise InvalidData("limit", "must be a whole number from 1")
+        if after is not None and not isinstance(after, Flow):
+            raise InvalidData("after", f"must be the last flow of the page before, not {type(after).__name__}")
         return self.store.run(
             op.search_flows,
             owner=owner,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from celery_flows.store import InvalidData
 from celery_flows.tasks.registry import FlowDefinition
 from celery_flows.tasks.runtime import Runtime
-from celery_flows.tasks.schedule import Schedule
+from celery_flows.tasks.schedule import ON_TIME_SECONDS, Schedule
 from celery_flows.tasks.slots import try_to_start
 from celery_flows.tasks.testing.asked import check_name
 from celery_flows.tasks.testing.clock import FlowClock
@@ -52,7 +52,8 @@ class FlowBeat:
         return min((slot for slot in coming if slot is not None), default=None)
 
     def due_slots(self, schedule: Schedule, now: datetime, last: datetime | None) -> list[datetime]:
-        """The slots that are to be started now."""
+        """The slots that are to be started now. A schedule that nobody has looked at is no new one: beat was there."""
+        last = now - timedelta(seconds=ON_TIME_SECONDS) if last is None else last
         return [slot for slot in schedule.due(now, last, self._runtime.app.timezone) if slot > self._began]
 
     def _known(self) -> Iterator[tuple[FlowDefinition[Any, Any], Schedule]]:

@@ -179,7 +179,7 @@ def test_a_message_that_is_wrong_is_answered_by_one_sentence_without_its_input(
     assert refused(bench, **{**good, "countdown": secret}) == "countdown: must be seconds or a timedelta"
     assert refused(bench, **{**good, "priority": secret}) == "priority: must be a whole number from 0 to 255"
     assert refused(bench, **{**good, "session": secret}).startswith("options: 'session' is none")
-    assert refused(bench, **{**good, "owner": ["a"]}).startswith("owner_session_key: ")
+    assert refused(bench, **{**good, "owner": ["a"]}).startswith("owner: ")
     assert refused(bench, input=secret) == "name: must be a string, not NoneType"
     assert refused(bench, name="unknown", input=secret) == ("no flow definition 'unknown'; registered are: doubles")
     assert caplog.text.count("a start is refused: ") == 10

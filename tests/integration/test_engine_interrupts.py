@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +22,10 @@ from sqlalchemy.orm import Session
 from celery_flows import FlowCancelled, FlowFailed, FlowHandle, FlowStepStatus, Retry, Run, StepFailed
 from celery_flows.store import dispatch
 from celery_flows.store.clock import boottime
+from celery_flows.tasks import interrupts as interrupts_module
 from celery_flows.tasks.interrupts import SIGNAL, Interrupted, Interrupts
 from celery_flows.tasks.runtime import worker_token
+from celery_flows.tasks.timeout import TimeIsUp, time_limit
 from celery_flows.worker import stops as stops_module
 from celery_flows.worker.stops import Stops
 from tests.integration.conftest import MakeBench
@@ -524,3 +526,50 @@ def end_under(bench: Bench, handle: FlowHandle[Any], ended: type[BaseException])
     [held] = bench.store.run(dispatch.list_to_stop, workers)
     assert held.worker.startswith(f"{ME}/")
     return held
+
+
+def alarm_at(line: int) -> Callable[[FrameType, str, Any], Any]:
+    """A trace function that has the alarm strike before the ``line``-th line, from 1, that the module of interrupts
+    comes to."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _argument: Any) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename != interrupts_module.__file__:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == line:
+                signal.raise_signal(signal.SIGALRM)
+        return trace
+
+    return trace
+
+
+@pytest.mark.parametrize("line", range(1, 21))
+def test_a_timeout_that_strikes_as_a_body_begins_or_ends_leaves_no_mark_of_it(
+    interrupts: Interrupts, line: int
+) -> None:
+    """What runs next, cleanup or the engine itself, would be taken for that body, interrupted, and then ended."""
+    before = sys.gettrace()
+    with suppress(TimeIsUp):
+        sys.settrace(alarm_at(line))
+        try:
+            with time_limit(FOREVER), interrupts.body(CLAIM):
+                pass
+        finally:
+            sys.settrace(before)
+    assert interrupts.running(os.getpid()) is None
+    os.kill(os.getpid(), SIGNAL)  # strikes nothing
+
+
+def test_a_timeout_as_long_as_its_body_leaves_no_mark_of_it(interrupts: Interrupts) -> None:
+    stale = 0
+    for number in range(2000):
+        seconds = 0.0002 + (number % 50) * 1e-6
+        until = time.perf_counter() + seconds
+        with suppress(TimeIsUp), time_limit(seconds), interrupts.body(CLAIM):
+            while time.perf_counter() < until:
+                pass
+        stale += interrupts.running(os.getpid()) is not None
+    assert stale == 0

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -229,6 +230,22 @@ def test_a_key_held_by_an_open_transaction_is_said_to_be_pending(postgresql_url:
                 flow.start(4, key="order-1")
             caller.rollback()
         assert bench.finish(flow.start(4, key="order-1")) == 8
+        bench.audit()
+
+
+def test_a_key_that_is_pending_leaves_the_callers_transaction_usable(postgresql_url: str) -> None:
+    """Whoever is told to try again later has to be able to commit what else there is."""
+    with closing(Bench(postgresql_url)) as bench:
+        flow = doubling(bench)
+        with Session(bench.store.engine) as first, Session(bench.store.engine) as second:
+            held = flow.start(4, key="order-1", session=first)
+            other = flow.start(5, key="order-2", session=second)
+            for start in (partial(flow.start, 4, key="order-1"), partial(flow.start_many, [4], keys=["order-1"])):
+                with pytest.raises(StartPending):
+                    start(session=second)
+            second.commit()
+            first.commit()
+        assert [bench.finish(handle) for handle in (held, other)] == [8, 10]
         bench.audit()
 
 

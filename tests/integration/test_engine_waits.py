@@ -16,6 +16,7 @@ from celery_flows.tasks import driver as driving
 from celery_flows.tasks.emit import hand_over
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
+from tests.support.fold import assert_whole
 from tests.support.waiting import until
 
 SHORT = timedelta(milliseconds=30)
@@ -198,6 +199,47 @@ def test_one_event_resumes_one_flow_the_one_that_has_waited_longest(bench: Bench
     bench.flows.emit("approval", "o-1", 2)
     bench.work()
     assert second.result(0) == 2
+
+
+@pytest.mark.parametrize("how", ["called", "paused", "paused and unpaused", "told of progress"])
+def test_a_waiter_that_is_woken_keeps_its_place(bench: Bench, how: str) -> None:
+    waits = waiting_flow(bench)
+    first, second = waits.start("order-1"), waits.start("order-1")
+    for handle in first, second:
+        bench.drive(handle.id)
+    if how == "called":
+        bench.call_driver(first.id)
+    elif how == "told of progress":
+        bench.flows.manager.update_state(first.id, {"seen": True})
+    else:
+        first.pause()
+    if how == "paused and unpaused":
+        first.unpause()
+    bench.work()
+    bench.flows.emit("approval", "order-1", "granted")
+    assert (first.get().wait_json is None, second.get().wait_json is None) == (True, False)
+    if how == "paused":
+        first.unpause()
+    assert bench.finish(first) == "granted"
+
+
+@pytest.mark.parametrize("what", ["sleep", "wait_for paid", "approval refund"])
+def test_a_flow_that_waits_tells_by_its_current_step_what_for(bench: Bench, what: str) -> None:
+    waits: dict[str, Any] = {
+        "sleep": lambda run: run.sleep(timedelta(days=1)),
+        "wait_for paid": lambda run: run.wait_for("paid", "order-1"),
+        "approval refund": lambda run: run.approval("refund"),
+    }
+
+    @bench.flows.flow("waits after a step")
+    def waits_after_a_step(run: Run) -> None:
+        run.step(abs, 1)
+        waits[what](run)
+
+    handle = waits_after_a_step.start()
+    bench.work()
+    assert (handle.status(), handle.get().current_step) == (FlowStatus.WAITING, what)
+    assert_whole(bench.store, handle.id)
 
 
 def test_events_are_handed_over_first_in_first_out(bench: Bench) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -680,26 +680,85 @@ def test_what_is_undone_by_an_async_function(bench: Bench) -> None:
     assert bench.effects == ["second", "first", "third"]
 
 
-def test_a_thread_of_a_step_that_timed_out_keeps_nobody(bench: Bench) -> None:
-    """The loop's end waited for it: the flow had ended, and its worker could not go on."""
-    let_go, gone = threading.Event(), threading.Event()
+FORGOTTEN: dict[str, Callable[[AsyncRun], Any]] = {
+    "step": lambda run: run.step(len, "abc"),
+    "sleep": lambda run: run.sleep(SHORT),
+    "update": lambda run: run.options().update(done=1),
+    "now": lambda run: asyncio.create_task(run.now()),
+}
 
-    def block() -> None:
-        let_go.wait(60)
-        gone.set()
 
-    async def call() -> None:
-        await asyncio.to_thread(block)
+@pytest.mark.parametrize("what", FORGOTTEN)
+def test_a_forgotten_await_fails_the_flow_and_names_the_call(bench: Bench, what: str) -> None:
+    """Python's own warning is a line in a worker's log; the flow would be finished, with nothing done."""
 
-    @bench.flows.flow("blocks")
-    async def blocks(run: AsyncRun) -> str:
-        with suppress(StepTimedOut):
-            await run.options(timeout=timedelta(milliseconds=200)).step(call)
-        return "went on"
+    @bench.flows.flow("forgets")
+    async def forgets(run: AsyncRun) -> str:
+        await run.step(str, 1)
+        FORGOTTEN[what](run)
+        return "done"
+
+    with pytest.raises(FlowFailed, match=rf"InvalidData: run\.{what}: was not awaited"):
+        bench.finish(forgets.start())
+
+
+def test_steps_that_are_called_for_first_and_awaited_later_are_not_forgotten(bench: Bench) -> None:
+    @bench.flows.flow("prepares")
+    async def prepares(run: AsyncRun) -> list[int]:
+        ahead = [run.step(len, text) for text in ("a", "bb", "ccc")]
+        run.sleep(SHORT).close()  # thought better of it
+        return [await step for step in ahead]
+
+    assert bench.finish(prepares.start()) == [1, 2, 3]
+
+
+def test_a_thread_that_a_late_step_left_behind_does_not_hold_the_worker(bench: Bench) -> None:
+    """Whatever it calls may never return, and the worker's process would be gone for good."""
+    returns, left = threading.Event(), threading.Event()
+
+    def never_answers() -> None:
+        returns.wait(FOREVER)
+        left.set()
+
+    async def ask() -> None:
+        await asyncio.to_thread(never_answers)
+
+    @bench.flows.flow("asks")
+    async def asks(run: AsyncRun) -> str:
+        try:
+            await run.options(timeout=SHORT).step(ask)
+        except StepTimedOut:
+            return "late"
+        return "answered"
 
     try:
-        assert bench.finish(blocks.start()) == "went on"
-        assert not gone.is_set()
+        handle = asks.start()
+        bench.drive(handle.id)  # would come back when the thread does
+        assert not left.is_set()
+        assert (handle.status(), handle.get().result_json) == (FlowStatus.FINISHED, "late")
     finally:
-        let_go.set()
-    assert gone.wait(60)
+        returns.set()
+    assert left.wait(FOREVER)
+
+
+def test_a_generator_that_a_step_left_behind_is_closed_with_its_loop(bench: Bench) -> None:
+    async def lines() -> AsyncIterator[int]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            await asyncio.sleep(0)
+            bench.effects.append("closed")
+
+    kept = []
+
+    async def read_one() -> int:
+        kept.append(lines())
+        return await anext(kept[0])
+
+    @bench.flows.flow("reads")
+    async def reads(run: AsyncRun) -> int:
+        return await run.step(read_one)
+
+    assert bench.finish(reads.start()) == 1
+    assert bench.effects == ["closed"]

@@ -8,6 +8,8 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from celery_flows import (
     AlreadyTerminal,
@@ -24,6 +26,7 @@ from celery_flows import (
     Run,
 )
 from celery_flows.store.engines import make_engine
+from celery_flows.store.tables import flow_dispatch
 from tests.integration.conftest import MakeBench
 from tests.support.bench import Bench
 from tests.support.faults import Died, MortalStore, Strikes
@@ -70,9 +73,48 @@ def test_the_key_is_that_of_the_life_that_goes_on(bench: Bench) -> None:
     handle = flow.start(1, key="k")
     bench.work()
     [_, last] = lives(bench, handle.id)
-    assert flow.start(2, key="k").id == last.id
-    with pytest.raises(KeyConflict):
-        flow.start(1, key="k")
+    assert last.idempotency_key == "k"
+    assert bench.flows.search(key="k") == [last]
+
+
+def test_a_key_that_was_given_again_after_a_restart_gives_the_life_that_is_there(bench: Bench) -> None:
+    """As at each boot of an application, which knows the first life's input alone; and never mind which it gives."""
+    flow = counting(bench)
+    handle = flow.start(1, key="k")
+    bench.work()
+    [*_, last] = lives(bench, handle.id)
+    assert [flow.start(number, key="k").id for number in (1, 2, 3, 4)] == [last.id] * 4
+    [same, _] = flow.start_many([1, 3], keys=["k", "new"])
+    assert same.id == last.id
+    start_flow = bench.app.tasks["flows.start"]
+    assert start_flow(name="counts", input=1, key="k") == str(last.id)
+    assert start_flow(name="counts", input=1, key="k") == str(last.id), "delivered twice"
+    with Session(bench.store.engine) as session, session.begin():
+        assert flow.start(1, key="k", session=session).id == last.id
+
+
+def test_a_key_whose_flow_has_not_started_anew_conflicts_beside_one_that_has(bench: Bench) -> None:
+    flow = counting(bench)
+    flow.start_many([1, 3], keys=["went on", "did not"])
+    bench.work()
+    with pytest.raises(KeyConflict, match="did not"):
+        flow.start_many([1, 2, 0], keys=["went on", "did not", "new"])
+    assert bench.flows.search(key="new") == []
+
+
+def test_the_priority_goes_on(bench: Bench) -> None:
+    @bench.flows.flow("urgent", priority=1)
+    def urgent(run: Run, number: int) -> None:
+        if number < 3:
+            run.restart_as(number + 1)
+        run.wait_for("go", "on")
+
+    urgent.start(1, priority=9)
+    bench.work()
+    [row] = bench.query(sa.select(flow_dispatch.c.priority).where(flow_dispatch.c.kind == "drive"))
+    assert row.priority == 9
+    bench.flows.emit("go", "on")
+    bench.work()
 
 
 def test_the_result_is_waited_for_through_all_lives(bench: Bench) -> None:

@@ -383,3 +383,38 @@ def test_what_a_transaction_rolls_back_is_never_told(bench: Bench) -> None:
     bench.drive(handle.id)
     assert (handle.status(), bench.messages()) == (FlowStatus.FINISHED, [])
     assert bench.flows.search(definition="started") == []
+
+
+FAILING = {
+    "no such table": "INSERT INTO nowhere (name) VALUES (:name)",
+    "the row is there": "INSERT INTO test_accounts (name) VALUES (:name), (:name)",
+    "no number": "INSERT INTO test_accounts (name, cents) VALUES (:name, CAST(:name AS INTEGER))",
+}
+
+
+@pytest.mark.parametrize("how", FAILING)
+def test_a_failed_statement_is_kept_without_its_parameters(bench: Bench, how: str) -> None:
+    """Nor with what PostgreSQL repeats of them: they are the application's data, and errors are shown and logged."""
+
+    def write(session: Session, name: str) -> None:
+        session.execute(sa.text(FAILING[how]), {"name": name})
+        assert session.get_bind().dialect.name != "postgresql"  # SQLite casts whatever it is given
+        raise ValueError
+
+    @bench.flows.flow("fails")
+    def fails(run: Run, name: str) -> None:
+        run.transaction(write, name)
+
+    handle = fails.start("4111-SECRET")
+    bench.work()
+    step, flow = bench.store.list_steps(handle.id)[0], handle.get()
+    assert step.error_json
+    assert step.error_json["type"] in {
+        "ValueError",
+        "ProgrammingError",
+        "OperationalError",
+        "IntegrityError",
+        "DataError",
+    }
+    assert "SECRET" not in f"{step.error_json} {flow.error_json}"
+    assert "INSERT" not in f"{step.error_json}"

@@ -105,6 +105,57 @@ def test_so_is_one_that_ends_before_what_is_recorded(make_bench: MakeBench) -> N
     assert error["message"] == "step 1 of the history is 'lower', but the flow function came to 'the end'"
 
 
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_wait_for_another_correlation_id_is_not_taken_for_the_recorded_one(bench: Bench, is_open: bool) -> None:
+    """The function is not deterministic: taken up again, it would wait for what nobody sends."""
+    order = ["order-1"]
+
+    @bench.flows.flow("forgets")
+    def forgets(run: Run) -> str:
+        return f"{order[0]}: {run.wait_for('paid', order[0])}"
+
+    handle = forgets.start()
+    bench.work()
+    order[0] = "order-2"
+    if is_open:
+        bench.call_driver(handle.id)
+    else:
+        bench.flows.emit("paid", "order-1", "yes")
+    bench.work()
+    told = handle.get().error_json or {}
+    assert told["type"] == "HistoryMismatch"
+    assert "'wait_for paid with another correlation id'" in told["message"]
+    assert "order-" not in told["message"]
+    order[0] = "order-1"
+    bench.pass_time()
+    if is_open:
+        bench.flows.emit("paid", "order-1", "yes")
+    assert bench.finish(handle) == "order-1: yes"
+
+
+def test_a_wait_by_the_flows_own_id_is_taken_over_as_it_is(bench: Bench) -> None:
+    fails = [True]
+
+    def charge() -> str:
+        if fails:
+            raise LookupError("no card")
+        return "charged"
+
+    @bench.flows.flow("calls back")
+    def calls_back(run: Run) -> str:
+        run.approval("order")
+        run.wait_for("called back", str(run.flow_id))
+        return run.step(charge)
+
+    handle = calls_back.start()
+    handle.approve("order", by="ann")
+    bench.flows.emit("called back", str(handle.id))
+    bench.work()
+    assert handle.status() is FlowStatus.FAILED
+    fails.clear()
+    assert bench.finish(handle.retry()) == "charged"
+
+
 def test_no_except_of_the_function_hides_it(make_bench: MakeBench) -> None:
     def swallows(run: Run) -> str:
         try:

@@ -888,6 +888,29 @@ def test_the_audit_sees_what_is_wrong_with_a_step_that_was_taken_over(bench: Ben
     assert {kind for kind, _ in found(sa.delete(flow_events).where(told))} == {"step_without_events"}
 
 
+def test_the_priority_of_the_start_is_that_of_who_goes_back(bench: Bench) -> None:
+    """Though the row that had it is gone when the flow has ended."""
+
+    @bench.flows.flow("urgent", priority=1)
+    def urgent(run: Run) -> None:
+        run.step(bool)
+        raise RuntimeError
+
+    [many] = urgent.start_many([None], priority=8)
+    one, usual = urgent.start(priority=9), urgent.start()
+    bench.work()
+
+    def priority_of(handle: FlowHandle[Any]) -> int:
+        [row] = bench.rows(handle.id)
+        return int(row.priority)
+
+    again = [handle.retry() for handle in (one, many, usual)]
+    assert [priority_of(handle) for handle in again] == [9, 8, 1]
+    assert priority_of(again[0].fork(from_step="bool")) == 9
+    bench.work()
+    assert priority_of(again[0].retry()) == 9
+
+
 def test_a_flow_that_goes_back_is_under_the_limit_of_its_definition(bench: Bench, shop: Shop) -> None:
     @bench.flows.flow("limited", limit=Limit(1))
     def limited(run: Run) -> str:

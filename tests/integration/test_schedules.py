@@ -175,9 +175,12 @@ def test_a_slot_is_skipped_while_the_flow_of_the_one_before_is_open(
     assert caplog.text.count("skips its slot") == 2
     last_looked(bench, HOUR)
     assert look(bench) == 1
+    newest = bench.store.run(op.now).replace(minute=0, second=0, microsecond=0)
+    assert list(slots.skipped(bench.runtime)) == [("hourly", schedules.Skipped(3, newest))]
     bench.work()
     last_looked(bench, HOUR)
     assert look(bench) == 2
+    assert [left_out.count for _, left_out in slots.skipped(bench.runtime)] == [3]
     assert [flow.status for flow in started(bench)] == [FlowStatus.FINISHED, FlowStatus.CREATED]
     bench.work()
 

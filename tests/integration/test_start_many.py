@@ -250,7 +250,7 @@ def test_a_repeated_call_after_a_lost_reply_gives_the_same_flows(bench: Bench) -
         ([1, 2], {"keys": "ab"}, "keys: must be a list"),
         ([1, 2], {"keys": ["a", ""]}, r"keys\[1\]: must not be empty"),
         ([1, 2], {"keys": ["a", "b\0"]}, r"keys\[1\]: contains a NUL"),
-        ([1], {"owner": ""}, "owner_session_key"),
+        ([1], {"owner": ""}, "owner"),
         ([1], {"priority": 256}, "priority: must be a whole number from 0 to 255"),
         ([1], {"countdown": "soon"}, "countdown: must be seconds or a timedelta"),
     ],

@@ -147,7 +147,8 @@ MUTANTS = [
     # 9: cancelling and failing drain first
     Mutant("cleanup beside running members", Driver, "drain", nothing, ("gather fails",)),
     Mutant("a drain does not wait for who is running", Driver, "drain", p.drain_without_waiting, CANCELS),
-    Mutant("history is not read again after a drain", Driver, "read_history", p.history_once, CANCELS, first_seed=600),
+    Mutant("history is not read again after a drain", Driver, "read_history", p.history_once,
+           ("cancel beside a member",)),
     Mutant("cleanup's members are cancelled too", gather_module, "member_of", p.never_cleanup, ("cancel cleanup",)),
     # 11: who holds a row; lost replies
     Mutant("a holder is known by its run id", dispatch, "_held", p.held_by_run_id, ("inline", *CANCELS)),

@@ -41,17 +41,19 @@ def main(url: str) -> None:
 
         with redirect_stdout(structured):
             bench.finish(handle := order.start())
-        processed, flow_id = json.loads(structured.getvalue()), str(handle.id)
+        told = names["stream"].getvalue().strip(), json.loads(structured.getvalue())
+        formatter = _formatter(bench)
+        flow_id = str(handle.id)
         spans = names["exporter"].get_finished_spans()
-        line = _formatter(bench).format(logging.makeLogRecord({"msg": "hello", "levelname": "INFO"}))
-        told = {
+        line = formatter.format(logging.makeLogRecord({"msg": "hello", "levelname": "INFO"}))
+        seen = {
             "spans": sorted(span.name for span in spans),
             "traces": len({span.context.trace_id for span in spans}),
-            "filter": names["stream"].getvalue().strip().replace(flow_id, "FLOW_ID"),
-            "processor": [processed["event"], processed["step"], processed["flow_id"] == flow_id],
+            "filter": told[0].replace(flow_id, "FLOW_ID"),
+            "processor": [told[1]["event"], told[1]["step"], told[1]["flow_id"] == flow_id],
             "json": json.loads(line)["event"],
         }
-    sys.stdout.write(json.dumps(told))
+        sys.stdout.write(json.dumps(seen) + "\n")
 
 
 def _formatter(bench: Bench) -> logging.Formatter:

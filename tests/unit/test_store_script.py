@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable
+from math import inf
 from typing import Any
 
 import pytest
@@ -80,7 +81,19 @@ def test_a_refusal_after_a_lost_reply_may_be_by_ones_own_write() -> None:
 
 def test_a_held_lock_may_be_left_to_others_at_once() -> None:
     with pytest.raises(StoreError):
-        play([LOCKED], waits_for_locks=False)
+        play([LOCKED], lock_tries=0)
+
+
+def test_a_held_lock_may_be_waited_for_without_an_end_and_other_conflicts_have_theirs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    held = [LOCKED] * (2 * TRIES)
+    assert play([*held, DEADLOCK, "done"], lock_tries=inf) == ("done", [WRITE] * (2 * TRIES + 2))
+    assert [record.message for record in caplog.records] == [
+        "an open transaction holds a lock for long; what needs it is tried again and again"
+    ]
+    with pytest.raises(StoreError):
+        play([DEADLOCK] * (TRIES + 1), lock_tries=inf)
 
 
 def test_a_lost_connection_is_given_up_when_patience_ends() -> None:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field
+from pydantic_core import PydanticCustomError
 
 from celery_flows import InvalidData
 from celery_flows.store.models import FlowStep
@@ -132,11 +133,63 @@ def test_what_does_not_fit_its_annotation_is_refused(annotation: Any, value: Any
 def test_refusals_name_the_place_and_never_the_value() -> None:
     with pytest.raises(InvalidData) as refused:
         codec_for(dict[str, Box]).encode("input", {"first": {"label": SECRET, "weight": SECRET}}, LIMIT)
-    assert refused.value.field == "input.first.weight"
+    assert refused.value.field == "input.….weight"
     assert SECRET not in str(refused.value)
     with pytest.raises(InvalidData) as refused:
         codec_for(Box).decode("input", {"label": [SECRET]})
     assert SECRET not in str(refused.value)
+
+
+class Card(BaseModel):
+    kind: Literal["card"]
+    number: Annotated[str, Field(max_length=3)]
+
+
+class Iban(BaseModel):
+    kind: Literal["iban"]
+
+
+class Pay(BaseModel, extra="forbid"):
+    by: Annotated[Card | Iban, Field(discriminator="kind")] | None = None
+    parts: list[int] = []
+    ids: dict[int, int] = {}
+
+
+def raises(error: Exception) -> Any:
+    def refuse(value: Any) -> Any:
+        raise error
+
+    return Annotated[Any, AfterValidator(refuse)]
+
+
+def iterates_badly() -> Any:
+    yield 1
+    raise RuntimeError(SECRET)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "told"),
+    [
+        (Pay, {"by": {"kind": SECRET}}, "input.by: Input should have a 'kind' that is one of 'card', 'iban'"),
+        (Pay, {"by": {"kind": "card", "number": SECRET}}, "input.by.card.number: String should have at most 3 char"),
+        (Pay, {SECRET: 1}, "input.…: Extra inputs are not permitted"),
+        (Pay, {"ids": {4111: "x"}}, "input.ids.…: Input should be a valid integer"),
+        (dict[str, int], {SECRET: "x"}, "input.…: Input should be a valid integer, unable to parse"),
+        (dict[int, int], {SECRET: 1}, "input.….[key]: Input should be a valid integer"),
+        (list[int], [1, SECRET], "input.1: Input should be a valid integer"),
+        (UUID, SECRET, "input: Input should be a valid UUID"),
+        (raises(ValueError(SECRET)), 1, "input: Input is refused by a validator"),
+        (raises(AssertionError(SECRET)), 1, "input: Input is refused by a validator"),
+        (raises(PydanticCustomError("bad_card", f"no {SECRET}")), 1, "input: Input is refused by a validator"),
+        (list[int], iterates_badly(), "input.1: Error iterating over object"),
+    ],
+)  # fmt: skip
+def test_a_refusal_has_no_word_of_the_value(annotation: Any, value: Any, told: str) -> None:
+    with pytest.raises(InvalidData) as refused:
+        codec_for(annotation).encode("input", value, LIMIT)
+    assert str(refused.value).startswith(told)
+    assert SECRET not in str(refused.value)
+    assert "4111" not in str(refused.value)
 
 
 def test_the_limit_counts_bytes() -> None:

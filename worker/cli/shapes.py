@@ -26,7 +26,7 @@ class Flow(TypedDict):
     requester_origin: str | None
     mode: str  # managed, mirrored
     status: str  # created, running, waiting, cancelled, finished, failed
-    current_step: str | None
+    current_step: str | None  # the latest that was recorded or scheduled; of a flow that waits, what it waits for
     wait_json: dict[str, Any] | None  # what it waits for: kind, and topic and correlation_id, or at
     cancel_requested: bool
     revision: int
