@@ -54,14 +54,15 @@ class Gauges(Collector):
         for definition, status, count in counted.open_flows:
             open_flows[self._known(definition), status.value] += count
         yield _gauge("open_flows", "Flows that have not ended, by the store.", ("definition", "status"), open_flows)
-        none = {(kind,): 0.0 for kind in DISPATCH_KINDS}  # a curve that stops is not one that fell to 0
+        none = dict.fromkeys(((kind,) for kind in DISPATCH_KINDS), 0.0)
         waiting = none | {(each.kind,): float(each.count) for each in counted.waiting}
         yield _gauge("waiting", "Work that is due or published, and that no worker holds.", ("kind",), waiting)
         oldest = none | {(each.kind,): each.oldest_seconds for each in counted.waiting}
         yield _gauge("waiting_oldest_seconds", "How long the oldest of it has waited.", ("kind",), oldest)
         held = none | {(kind,): float(count) for kind, count in counted.held}
         yield _gauge("held", "Work that a worker holds the lease of.", ("kind",), held)
-        queued: Counter[tuple[str, ...]] = Counter()
+        limited = [each.name for each in self._runtime.registry if each.limit is not None]
+        queued: Counter[tuple[str, ...]] = Counter({(name,): 0 for name in limited})
         for definition, count in counted.queued:
             queued[self._known(definition),] += count
         yield _gauge("queued", "Flows that queue for a slot of their limit.", ("definition",), queued)
