@@ -252,7 +252,7 @@ def test_what_is_neither_task_nor_flow_is_refused(family: Family) -> None:
     def odd(run: Run) -> Any:
         return run.gather([family.child])  # type: ignore[list-item]
 
-    with pytest.raises(FlowFailed, match=r"takes task\.s"):
+    with pytest.raises(FlowFailed, match=r"gather: takes flow\.s"):
         family.bench.finish(odd.start())
 
 

@@ -252,8 +252,8 @@ def test_a_key_that_is_pending_leaves_the_callers_transaction_usable(postgresql_
 @pytest.mark.parametrize("bad", ["", " ", "x" * 1000, "a\0b", 7])
 def test_bad_keys_and_owners_are_refused(bench: Bench, bad: Any) -> None:
     flow = doubling(bench)
-    for name, field in [("key", "idempotency_key"), ("owner", "owner_session_key")]:
-        with pytest.raises(InvalidData, match=field):
+    for name in ("key", "owner"):
+        with pytest.raises(InvalidData, match=f"^{name}: "):
             flow.start(4, **{name: bad})
     assert flow_count(bench) == 0
 
