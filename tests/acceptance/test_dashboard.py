@@ -16,6 +16,7 @@ from tests.acceptance.conftest import MakeTown
 from tests.support.brokers import Broker
 from tests.support.scrape import ANY, PORT, Scraped, await_value, scrape
 from tests.support.shop import Order
+from tests.support.waiting import until
 
 FILE = Path(__file__).parents[2] / "docs/grafana/celery-flows.json"
 NOT_SHOWN: set[str] = set()  # metrics that are on no panel, and known not to be
@@ -61,11 +62,13 @@ def test_every_expression_names_a_metric_that_a_worker_tells_and_every_metric_is
     town.environment[PORT] = ANY
     worker = town.worker()
     handle = town.shop.fulfil.start(Order(id="order-1"))
-    town.shop.limited.start(1)
+    limited = town.shop.limited.start(1)
     town.shop.delayed.start(3600.0)
     await_value(worker, 1, "open_flows", definition="shop/delayed", status="waiting")
     real = scrape(worker)
     handle.cancel()
+    until(lambda: handle.status().is_terminal)  # its history is looked at in the end
+    until(lambda: limited.status().is_terminal)
     told = real.names | everything
     shown = set().union(*map(names, expressions()))
 
