@@ -67,8 +67,8 @@ def test_every_expression_names_a_metric_that_a_worker_tells_and_every_metric_is
     await_value(worker, 1, "open_flows", definition="shop/delayed", status="waiting")
     real = scrape(worker)
     handle.cancel()
-    until(lambda: handle.status().is_terminal)  # its history is looked at in the end
-    until(lambda: limited.status().is_terminal)
+    until(lambda: handle.status().is_terminal, "the order is cancelled")  # its history is looked at in the end
+    until(lambda: limited.status().is_terminal, "the limited flow ends")
     told = real.names | everything
     shown = set().union(*map(names, expressions()))
 
