@@ -94,9 +94,7 @@ class Record(BaseModel):
     @classmethod
     def of_row(cls, row: Mapping[Any, Any]) -> Self:
         """The record of a row of our own tables; columns that are not fields are left out."""
-        values = dict(
-            row
-        )  # asked for its names one by one, a row of SQLAlchemy's takes most of the time of a long history
+        values = dict(row)  # SQLAlchemy's rows are slow to be asked for one name after the other
         fields = {name: values[name] for name in cls.model_fields if name in values}
         return cls.model_construct(**fields)  # type: ignore[return-value]
 

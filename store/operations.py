@@ -318,7 +318,9 @@ def change_made(conn: Connection, make: Callable[[Connection], Change]) -> str |
 def find_step_result(conn: Connection, flow_id: UUID, write_id: UUID) -> str | None:
     """What :func:`change_made` would have answered, if it committed and only its reply was lost; else None."""
     event = find_event(conn, flow_id, write_id)
-    return None if event is None else encode_json("result", event.payload_json["step"]["result_json"])
+    # From the step's row: the event has the keys of an object in another order.
+    step = None if event is None else find_step_by_run_id(conn, flow_id, event.payload_json["run_id"])
+    return None if step is None else encode_json("result", step.result_json)
 
 
 def change_operation(change: Change) -> Callable[..., Written]:

@@ -27,7 +27,7 @@ from celery_flows.store.operations import now, reads, writes
 from celery_flows.store.script import Call, Pause, Script, attempts
 from celery_flows.store.tables import EVENT_COLUMNS, FLOW_COLUMNS, UtcDateTime, flow_events, flow_steps, flows
 
-BATCH = 500  # flows: larger ones were no quicker, and hold their locks for longer
+BATCH = 500  # flows: larger ones were little quicker, and hold their locks for longer
 PAUSE = 0.1  # of a batch's own time, after it: what else is done in the database gets its turn
 
 Archive = Callable[[Sequence[str]], object]

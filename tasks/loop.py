@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable, Collection, Coroutine
-from functools import partial
 from typing import Any, TypeVar
 
 from celery._state import _task_stack  # type: ignore[attr-defined]
@@ -14,6 +13,7 @@ from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
 
 from celery_flows.store.errors import InvalidData
 from celery_flows.tasks.interrupts import Interruptible
+from celery_flows.tasks.partials import innermost
 from celery_flows.tasks.timeout import bounded, time_limit
 
 T = TypeVar("T")
@@ -131,8 +131,7 @@ def call(
 
 def is_async(work: Callable[..., Any]) -> bool:
     """Whether calling it gives a coroutine: an ``async def``, a partial of one, or an object that is called as one."""
-    while isinstance(work, partial):
-        work = work.func
+    work = innermost(work)
     return inspect.iscoroutinefunction(work) or inspect.iscoroutinefunction(type(work).__call__)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -14,6 +14,7 @@ from sqlalchemy.exc import StatementError
 from celery_flows.store.errors import InvalidData
 from celery_flows.store.script import first_line
 from celery_flows.store.validation import encode_json
+from celery_flows.tasks.partials import innermost
 from celery_flows.tasks.refusals import refused
 
 MAX_MESSAGE_CHARS = 1000
@@ -70,8 +71,7 @@ def codec_for(annotation: Any) -> Codec:
 
 def result_codec(function: Callable[..., Any]) -> Codec:
     """The codec of what a step returns; without a usable annotation, JSON's own types."""
-    while isinstance(function, partial):
-        function = function.func
+    function = innermost(function)
     try:
         return codec_for(get_type_hints(function).get("return", Any))
     except Exception:  # an annotation that only type checkers can resolve, or that pydantic knows no schema for

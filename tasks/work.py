@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeAlias, TypeGuard
 
 from celery import Signature, Task
@@ -13,6 +12,7 @@ from celery_flows.store.errors import InvalidData
 from celery_flows.tasks.awaited import Awaited
 from celery_flows.tasks.children import ChildFlow
 from celery_flows.tasks.members import Remote
+from celery_flows.tasks.partials import innermost
 from celery_flows.tasks.start_async import AsyncStarts
 
 Work: TypeAlias = Remote | Callable[[], Any]
@@ -65,15 +65,9 @@ def check_definition(what: str, definition: Any) -> None:
 
 
 def _check_runs_here(what: str, work: Any, takes: str, instead: str) -> None:
-    if isinstance(_inner(work), Task):
+    if isinstance(innermost(work), Task):
         raise InvalidData(what, "would run this Celery task here, not on its queue; write task.s(…), without partial")
     if not callable(work):
         if inspect.iscoroutine(work):
             work.close()  # nobody will await it
         raise InvalidData(what, f"takes {takes}, not {type(work).__name__}; {instead}")
-
-
-def _inner(work: Any) -> Any:
-    while isinstance(work, partial):
-        work = work.func
-    return work

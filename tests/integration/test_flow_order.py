@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from celery_flows import Run
+from celery_flows.store import operations as op
+from celery_flows.store.tables import flow_events
 from tests.support.bench import Bench
 
 # PostgreSQL's jsonb sorts keys by length, takes 1e16 for a whole number and has no negative zero.
@@ -87,3 +91,24 @@ def test_what_is_handed_back_is_what_was_written(bench: Bench, way: str) -> None
     assert [each for each in seen if not alike(each, ODD)] == []
     assert alike(handle.state()["kept"], ODD)
     assert math.copysign(1, handle.get().result_json["b"]["yy"]) == -1
+
+
+def test_a_transaction_whose_reply_was_lost_gives_what_its_replay_will(bench: Bench) -> None:
+    """It was read back from its event, which has another order."""
+
+    @bench.flows.flow("loses a reply")
+    def loses(run: Run) -> Any:
+        return run.transaction(lambda session: ODD)
+
+    handle = loses.start()
+    bench.finish(handle)
+    (step,) = bench.store.list_steps(handle.id)
+    (write_id,) = bench.query(
+        sa.select(flow_events.c.write_id).where(
+            flow_events.c.flow_id == handle.id, flow_events.c.kind == "step_succeeded"
+        )
+    )[0]
+    result = bench.store.run(op.find_step_result, handle.id, write_id)
+    assert result is not None
+    assert alike(json.loads(result), step.result_json)
+    assert alike(step.result_json, ODD)

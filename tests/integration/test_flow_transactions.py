@@ -351,9 +351,7 @@ def test_what_a_transaction_starts_and_emits_is_told_once_it_has_committed(bench
     waiter, teller = waiting.start(), telling.start()
     bench.drive(waiter.id)
     bench.messages()
-    began = time.monotonic()
     bench.drive(teller.id)
-    assert time.monotonic() - began < 10  # it was a busy timeout's many tries
     another = waiting.start(key="another")
     assert sent_before == []
     assert {message.id for message in bench.messages()} >= {str(another.id)}
